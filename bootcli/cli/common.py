@@ -1,0 +1,93 @@
+"""What the commands share: reading options, finding the run, JSON, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+from bootcli.errors import BootError, UsageError
+
+DEBUG = "BOOTCLI_DEBUG"
+DISK_FULL = "No space left on device"
+
+
+def integers(text: str | None, flag: str) -> tuple[int, ...] | None:
+    """``"4,10,50"`` -> (4, 10, 50). Raises `UsageError`."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{flag} {text}: expected whole numbers with commas between.", f"As in: {flag} 1,3,5") from error
+
+
+def find_run(run: Path | None) -> Path:
+    """The run a command works on; the newest one, named on stderr, where it was left out. Raises `UsageError`."""
+    from bootcli.store.rundir import newest_run
+
+    if run is None:
+        run = newest_run()
+        typer.echo(f"Using run {run}", err=True)
+    if not run.exists():
+        raise UsageError(f"There is no run {run}.", "Name a run folder, or leave it out for the newest in runs/.")
+    return run
+
+
+def print_json(data: object) -> None:
+    """One JSON document on stdout."""
+    typer.echo(json.dumps(_plain(data), indent=2, allow_nan=False))
+
+
+def _plain(data: object) -> object:
+    """What JSON can say: dataclasses are objects, paths are strings, NaN and infinity are null."""
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        return {field.name: _plain(getattr(data, field.name)) for field in dataclasses.fields(data)}
+    if isinstance(data, Mapping):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return str(data) if isinstance(data, Path) else data
+
+
+def debugging() -> bool:
+    """Whether errors show where in the code they come from."""
+    return os.environ.get(DEBUG, "0") != "0"
+
+
+def fail(error: Exception) -> NoReturn:
+    """Say what went wrong on stderr and leave with its exit code."""
+    if debugging():
+        import traceback
+
+        traceback.print_exception(error)
+    report = _explain(error)
+    typer.secho("Error: ", fg=typer.colors.RED, bold=True, nl=False, err=True, color=_color())
+    typer.echo(report.message, err=True)
+    if report.hint:
+        typer.echo(report.hint, err=True)
+    sys.exit(report.exit_code)
+
+
+def _explain(error: Exception) -> BootError:
+    if isinstance(error, BootError):
+        return error
+    if DISK_FULL in str(error):  # an OSError, or what a library made of one
+        name = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        return BootError(f"{DISK_FULL}{name}.", "Free some space; a run goes on with: bootcli distill --resume")
+    hint = "" if debugging() else "This should not happen. Please report it with the traceback of: bootcli --debug ..."
+    return BootError(f"unexpected {type(error).__name__}: {error}", hint)
+
+
+def _color() -> bool | None:
+    """False where NO_COLOR asks for it; None leaves it to the terminal."""
+    return False if os.environ.get("NO_COLOR") else None

@@ -1,0 +1,242 @@
+"""`bootcli distill`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from bootcli.cli.common import find_run, integers, print_json
+from bootcli.cli.options import JsonOption, examples, recipe
+from bootcli.config import Device, DistillConfig, MixedPrecision
+from bootcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from bootcli.pipelines.distill import Estimate
+    from bootcli.pipelines.events import Event
+
+EXAMPLES = examples(
+    "bootcli distill",
+    "bootcli distill --teacher google/ddpm-cifar10-32 --steps 20000 --device cuda",
+)
+TEACHER, TRAINING, RUN, SETTINGS = "Teacher", "Training", "Run", "Settings"
+
+TeacherOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FOLDER|HUB_ID",
+        help="What to distil; see: bootcli teachers",
+        show_default=DistillConfig.teacher,
+        rich_help_panel=TEACHER,
+    ),
+]
+PromptsOption = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Prompts, one a line, for a text teacher.", rich_help_panel=TEACHER)
+]
+NegativePromptOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.", rich_help_panel=TEACHER)
+]
+ClassesOption = Annotated[
+    str | None,
+    typer.Option(metavar="1,3,5", help="Classes to distil.", show_default="all", rich_help_panel=TEACHER),
+]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="W",
+        help="Guidance built into the student; 1 is none.",
+        show_default=recipe(DistillConfig.guidance_scale),
+        rich_help_panel=TEACHER,
+    ),
+]
+ObjectiveOption = Annotated[
+    Literal["boot"] | None,
+    typer.Option(help="What to train on.", show_default=DistillConfig.objective, rich_help_panel=TRAINING),
+]
+StepsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Updates.", show_default=recipe(DistillConfig.steps), rich_help_panel=TRAINING
+    ),
+]
+BatchSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Samples in an update.",
+        show_default=recipe(DistillConfig.batch_size),
+        rich_help_panel=TRAINING,
+    ),
+]
+LearningRateOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Peak learning rate.",
+        show_default=recipe(DistillConfig.learning_rate),
+        rich_help_panel=TRAINING,
+    ),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Seed.", show_default=str(DistillConfig.seed), rich_help_panel=TRAINING),
+]
+InitFromOption = Annotated[
+    str | None,
+    typer.Option(metavar="RUN", help="Start from the student of an earlier run.", rich_help_panel=TRAINING),
+]
+DeviceOption = Annotated[
+    Device | None,
+    typer.Option(help="Where to compute.", show_default=DistillConfig.device, rich_help_panel=TRAINING),
+]
+PrecisionOption = Annotated[
+    MixedPrecision | None,
+    typer.Option(help="Number format.", show_default="bf16 on a GPU that has it", rich_help_panel=TRAINING),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Run folder.",
+        show_default="runs/<teacher>-<objective>-<time>",
+        rich_help_panel=RUN,
+    ),
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with the run in --output, or with the newest.", rich_help_panel=RUN),
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier run in --output.", rich_help_panel=RUN)
+]
+PreviewOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Steps between pictures; 0: at the end only.",
+        show_default=recipe(DistillConfig.preview_every),
+        rich_help_panel=RUN,
+    ),
+]
+CheckpointOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Steps between saved states; 0: at the end only.",
+        show_default=recipe(DistillConfig.checkpoint_every),
+        rich_help_panel=RUN,
+    ),
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option(metavar="FILE.toml", help="File of settings.", rich_help_panel=SETTINGS)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Any setting, as boot.delta=0.1; repeatable.", rich_help_panel=SETTINGS
+    ),
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Print the settings as a config file, with time and memory measured on one step.",
+        rich_help_panel=SETTINGS,
+    ),
+]
+
+
+def distill(
+    ctx: typer.Context,
+    teacher: TeacherOption = None,
+    prompts: PromptsOption = None,
+    classes: ClassesOption = None,
+    guidance_scale: GuidanceOption = None,
+    negative_prompt: NegativePromptOption = None,
+    objective: ObjectiveOption = None,
+    steps: StepsOption = None,
+    batch_size: BatchSizeOption = None,
+    learning_rate: LearningRateOption = None,
+    seed: SeedOption = None,
+    init_from: InitFromOption = None,
+    device: DeviceOption = None,
+    mixed_precision: PrecisionOption = None,
+    output: OutputOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    preview_every: PreviewOption = None,
+    checkpoint_every: CheckpointOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a one-step student from a teacher alone, with no images.
+
+    A setting comes from its flag, else --set, else the config file, else the teacher's recipe.
+    """
+    layers = _layers(ctx.params, config, set_)
+    settings = resolve(*layers)  # finds what is wrong before anything heavy is imported
+    if resume:
+        if overwrite or dry_run:
+            raise UsageError("--resume goes with neither --overwrite nor --dry-run.")
+        run = find_run(output)
+    else:
+        registry.resolve(settings.teacher)
+        run = output or default_run(settings.teacher, settings.objective)
+        RunDir(run).check_free(overwrite=overwrite)
+    if dry_run:
+        _estimate(layers, as_json=as_json)
+    else:
+        _train(layers, run, resume=resume, overwrite=overwrite, as_json=as_json)
+
+
+def _layers(params: Mapping[str, object], file: Path | None, overrides: list[str] | None) -> Layers:
+    """Flags that were given, --set, the config file."""
+    known = known_keys()
+    flags = {name: value for name, value in params.items() if name in known and value is not None}
+    if "classes" in flags:
+        flags["classes"] = integers(str(flags["classes"]), "--classes")
+    return flags, read_overrides(overrides or ()), read_file(file) if file else {}
+
+
+def _estimate(layers: Layers, *, as_json: bool) -> None:
+    from bootcli.pipelines.distill import dry_run, resolve_config
+
+    estimate = dry_run(resolve_config(*layers))
+    if as_json:
+        print_json(estimate)
+    else:
+        typer.echo(to_toml(estimate.config, comments=_costs(estimate)))
+
+
+def _costs(estimate: Estimate) -> dict[str, str]:
+    from bootcli.ui import duration
+
+    return {
+        **estimate.facts,
+        "time": f"{estimate.seconds_per_step:.3g} s a step, {duration(estimate.total_seconds)} in all, previews apart",
+        "memory": f"{estimate.peak_memory_bytes / 2**30:.2f} GiB at its peak",
+    }
+
+
+def _train(layers: Layers, run: Path, *, resume: bool, overwrite: bool, as_json: bool) -> None:
+    from bootcli import ui
+    from bootcli.pipelines.distill import distill, resolve_config, resume_config
+
+    config = resume_config(run, *layers) if resume else resolve_config(*layers)
+    last: dict[type[Event], Event] = {}
+    with ui.training() as show:
+        for event in distill(config, run, resume=resume, overwrite=overwrite):
+            show(event)
+            last[type(event)] = event
+    summary = _summary(last.values())
+    if as_json:
+        print_json(summary)
+        return
+    name = shlex.quote(str(run))
+    ui.print_facts({**summary, "seconds": ui.duration(float(summary["seconds"])) 
+    typer.echo(f"Next:\n  bootcli sample {name}\n  bootcli evaluate {name}")

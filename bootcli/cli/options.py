@@ -1,0 +1,31 @@
+"""Options that several commands share, and the wording they have in common."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bootcli.config import Device
+
+RUN_PANEL = "Run"
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's help: blank lines keep each command on a line of its own in every markup mode."""
+    return "\n\n".join(["Examples:", *(f"$ {command}" for command in commands)])
+
+
+def recipe(default: object) -> str:
+    """How help shows the default of a setting that a teacher's recipe may change."""
+    return f"teacher's recipe, or {default}"
+
+
+RunArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="RUN", help="Run folder.", show_default="the newest one in runs/"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Images at a time; changes the speed, never an image.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of image 0; image i has seed + i.")]

@@ -1,0 +1,213 @@
+"""Every setting and every default of bootcli, as frozen dataclasses. Light: imports neither torch nor pydantic.
+
+A configuration is resolved once, from four layers: flags, then ``--set key=value``, then the config file, then the
+teacher's recipe; what none of them says has the default written here. Keys are dotted: ``boot.delta``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Interval, Le
+
+from bootcli.errors import UsageError
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+MixedPrecision = Literal["no", "bf16", "fp16"]
+
+Positive = Annotated[int, Gt(0)]
+Count = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """How the student is made from the teacher (`bootcli.student`)."""
+
+    head: Literal["auto", "native", "x0"] = "auto"
+    """Output parameterisation; auto is the teacher's own advice."""
+    max_gain: Annotated[float, Ge(1)] = 20.0
+    """Largest 1 / alpha at which an eps teacher is asked; sets t_max."""
+    t_min: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    """Target time of a sample."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimisation (`bootcli.trainer`)."""
+
+    accumulation: Positive = 1
+    """Batches per update."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    clip_norm: PositiveFloat = 1.0
+    """Largest gradient norm."""
+    warmup_steps: Count = 100
+    decay: Literal["constant", "cosine", "linear"] = "cosine"
+    """Learning rate after the warm-up, down to 0 at the last step."""
+    ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.995
+    """Decay of the weight average that is sampled, after its own warm-up."""
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """Compile the networks with torch.compile."""
+
+
+@dataclass(frozen=True)
+class BootConfig:
+    """The BOOT objective (`bootcli.objectives.boot`)."""
+
+    delta: Annotated[float, Gt(0), Le(1)] = 0.05
+    """Bootstrap step t - s, as a fraction of the time range."""
+    solver: Literal["euler", "midpoint", "heun"] = "euler"
+    """Teacher step."""
+    weight: Literal["uniform", "velocity", "target"] = "uniform"
+    """w_t: 1; 1 / tau^2 with tau = sigma / (alpha + sigma); or (1 - r)^2, the plain error of the target."""
+    beta: Annotated[float, Ge(0)] = 1.0
+    """Weight of the boundary term."""
+    boundary_every: Positive = 4
+    """Every n-th sample of the batch also enters the boundary term."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """One distillation run. Written to the run folder before step 0."""
+
+    teacher: str = "fashion"
+    objective: Literal["boot"] = "boot"
+    prompts: str | None = None
+    """File with one prompt per line."""
+    negative_prompt: str | None = None
+    classes: tuple[Count, ...] | None = None
+    """Class labels to distil; None is all of them."""
+    guidance_scale: Annotated[float, Ge(0)] = 1.0
+    steps: Positive = 1000
+    batch_size: Positive = 64
+    learning_rate: PositiveFloat = 1e-3
+    seed: Count = 0
+    device: Device = "auto"
+    mixed_precision: MixedPrecision | None = None
+    """None: bf16 on a GPU that has it, otherwise no."""
+    init_from: str | None = None
+    """Run whose student is the starting point."""
+    log_every: Positive = 10
+    preview_every: Count = 250
+    """Steps between preview grids; 0 is only at the end."""
+    preview_teacher_steps: Positive = 50
+    checkpoint_every: Count = 250
+    """Steps between checkpoints; 0 is only at the end."""
+    keep_checkpoints: Positive = 2
+    student: StudentConfig = field(default_factory=StudentConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    boot: BootConfig = field(default_factory=BootConfig)
+
+
+RESUMABLE = frozenset({"log_every", "preview_every", "preview_teacher_steps", "checkpoint_every", "keep_checkpoints"})
+"""What may change on ``--resume``, beside a longer ``steps``: logging only."""
+
+
+def resolve(*layers: Mapping[str, object]) -> DistillConfig:
+    """The configuration from dotted layers, strongest first. Unknown keys and bad values raise `UsageError`."""
+    merged: dict[str, object] = {}
+    for layer in reversed(layers):
+        merged.update(layer)
+    return from_dict(_nest(merged))
+
+
+def from_dict(tree: Mapping[str, object]) -> DistillConfig:
+    """Strictly read a nested mapping (a config file, ``config.json``). Raises `UsageError`."""
+    _check_keys(flatten(tree))
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(DistillConfig).validate_python(dict(tree))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        raise UsageError(f"Setting {key} = {first['input']!r}: {first['msg'].lower()}.") from error
+
+
+def to_dict(config: DistillConfig) -> dict[str, object]:
+    """The nested JSON-able form: `from_dict`'s inverse."""
+    return dataclasses.asdict(config)
+
+
+def check_recipe(recipe: Mapping[str, object]) -> None:
+    """Raise `UsageError` unless every key and value of a teacher's recipe is a valid setting."""
+    resolve(recipe)
+
+
+def read_file(path: Path) -> dict[str, object]:
+    """Dotted settings of a TOML file. Raises `UsageError` for a missing or broken one."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"Cannot read config file {path}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"Config file {path} is not TOML: {error}.") from error
+    flat = dict(flatten(tree))
+    _check_keys(flat.items())
+    return flat
+
+
+def read_overrides(items: Iterable[str]) -> dict[str, object]:
+    """Dotted settings from ``key=value`` words; values are TOML (``true``, ``0.1``, ``[1, 2]``), else plain text."""
+    overrides: dict[str, object] = {}
+    for item in items:
+        key, separator, text = item.partition("=")
+        if not separator:
+            raise UsageError(f"--set {item}: expected key=value.", "For example: --set boot.delta=0.1")
+        try:
+            overrides[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            overrides[key.strip()] = text
+    _check_keys(overrides.items())
+    return overrides
+
+
+def known_keys() -> list[str]:
+    """Every dotted key, in order."""
+    return [key for key, _ in flatten(to_dict(DistillConfig()))]
+
+
+def differences(old: DistillConfig, new: DistillConfig) -> dict[str, tuple[object, object]]:
+    """Dotted keys whose values differ, with both values."""
+    before, after = dict(flatten(to_dict(old))), dict(flatten(to_dict(new)))
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def _check_keys(items: Iterable[tuple[str, object]]) -> None:
+    known = known_keys()
+    for key, _ in items:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            raise UsageError(f"Unknown setting: {key}.", f"Did you mean {' or '.join(near)}?" if near else "")
+
+
+def flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted keys and values of a nested mapping."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nest(flat: Mapping[str, object]) -> dict[str, object]:
+    tree: dict[str, object] = {}
+    for key, value in flat.items():
+        *groups, leaf = key.split(".")
+        node = tree
+        for group in groups:
+            child = node.setdefault(group, {})
+            if not isinstance(child, dict):
+                raise UsageError(f"Unknown setting: {key}.")
+            node = child
+        node[leaf] = value
+    return tree

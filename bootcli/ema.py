@@ -1,0 +1,44 @@
+"""An exponential moving average of weights: one update rule, one warm-up rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """The moving average of a module's parameters, kept in float32 beside them.
+
+    The n-th update uses ``min(decay, (1 + n) / (10 + n))``, so that early weights are forgotten quickly.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: p.detach().clone().float() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, n: int) -> None:
+        """Move the average towards the module after its n-th update, n = 1, 2, ..."""
+        decay = min(self.decay, (1 + n) / (10 + n))
+        current = [p.detach().float() for p in module.parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay)
+
+    @contextmanager
+    def applied_to(self, module: nn.Module) -> Iterator[None]:
+        """Lend the averaged weights to the module; its own come back at the end."""
+        parameters = dict(module.named_parameters())
+        own = {name: p.detach().clone() for name, p in parameters.items()}
+        _copy(self.weights, parameters)
+        try:
+            yield
+        finally:
+            _copy(own, parameters)
+
+
+@torch.no_grad()
+def _copy(source: dict[str, Tensor], target: dict[str, nn.Parameter]) -> None:
+    for name, parameter in target.items():
+        parameter.copy_(source[name])

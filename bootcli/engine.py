@@ -1,0 +1,101 @@
+"""Device, precision and processes: the one home of accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from bootcli.config import Device, MixedPrecision
+from bootcli.errors import UsageError
+
+
+def pick_device(device: Device) -> torch.device:
+    """The device a name means here. Raises `UsageError` for one this machine lacks."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
+    if not available[device]:
+        raise UsageError(f"Device {device} is not available here.", "Leave --device out, or use --device cpu.")
+    return torch.device(device)
+
+
+class Engine:
+    """Runs networks: where, in what precision, in how many processes.
+
+    Args:
+        device: where.
+        mixed_precision: None is bf16 on a GPU that has it, otherwise no.
+    """
+
+    def __init__(self, device: Device = "auto", mixed_precision: MixedPrecision | None = None) -> None:
+        chosen = pick_device(device)
+        if mixed_precision is None:
+            mixed_precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
+        if mixed_precision == "fp16" and chosen.type == "cpu":
+            raise UsageError("fp16 needs a GPU.", "Use --mixed-precision bf16 or no.")
+        AcceleratorState._reset_state(reset_partial_state=chosen.type == "cpu")
+        self._accelerator = Accelerator(mixed_precision=mixed_precision, cpu=chosen.type == "cpu")
+        self.mixed_precision: MixedPrecision = mixed_precision
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self._accelerator.device
+
+    @property
+    def rank(self) -> int:
+        """Index of this process, 0 for the main one."""
+        return self._accelerator.process_index
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes share the batch."""
+        return self._accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self._accelerator.is_main_process
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Networks inside compute in the mixed precision."""
+        context: AbstractContextManager[object] = self._accelerator.autocast()
+        return context
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The module and optimiser made ready for several processes and loss scaling."""
+        module, optimizer = self._accelerator.prepare(module, optimizer)
+        return module, optimizer
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients, scaled where the precision needs it."""
+        self._accelerator.backward(loss)
+
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+        """Clip the gradient norm; returns it as it was."""
+        return float(self._accelerator.clip_grad_norm_(list(parameters), max_norm))
+
+    def no_sync(self, module: nn.Module) -> AbstractContextManager[object]:
+        """Do not exchange gradients: for all micro-batches but the last."""
+        context: AbstractContextManager[object] = self._accelerator.no_sync(module)
+        return context
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over processes."""
+        reduced: Tensor = self._accelerator.reduce(value, reduction="mean")
+        return reduced
+
+    def wait(self) -> None:
+        """Wait for the other processes."""
+        self._accelerator.wait_for_everyone()
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler of fp16, part of the state."""
+        scaler: torch.amp.GradScaler | None = self._accelerator.scaler
+        return scaler

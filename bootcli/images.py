@@ -1,0 +1,46 @@
+"""Tensors in [-1, 1] to uint8 to PNG: the only place this happens."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bootcli.store.files import atomic_file
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1], any shape, to uint8 by rounding (not truncation), as diffusers does."""
+    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """One uint8 image (1 or 3, h, w) as a picture."""
+    array = image.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+def grid(images: Tensor, columns: int | None = None, gap: int = 1) -> Tensor:
+    """Tile uint8 images (n, c, h, w) row by row on white: (c, H, W)."""
+    n, c, h, w = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    canvas = torch.full((c, rows * (h + gap) + gap, columns * (w + gap) + gap), 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        canvas[:, top : top + h, left : left + w] = image
+    return canvas
+
+
+def enlarge(image: Tensor, factor: int) -> Tensor:
+    """Repeat each pixel of (c, h, w), so that small images can be seen."""
+    return image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Write one uint8 image (c, h, w), atomically."""
+    with atomic_file(path) as temporary:
+        to_pil(image).save(temporary, format="PNG")

@@ -1,0 +1,245 @@
+"""`bootcli distill`: teacher in, run folder with a one-step student out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from bootcli.config import RESUMABLE, DistillConfig, differences, flatten, resolve, to_dict
+from bootcli.engine import Engine
+from bootcli.errors import BootError, Interrupted, UsageError
+from bootcli.images import enlarge, grid, save_png, to_uint8
+from bootcli.pipelines.events import Event, Finished, Previewed, Saved, Started, Stepped
+from bootcli.pipelines.setup import Distillation, set_up
+from bootcli.sampler import prior_noise, teacher_endpoint
+from bootcli.signals import watch_signals
+from bootcli.store.artifact import save_student
+from bootcli.store.checkpoint import load_newest, save_checkpoint
+from bootcli.store.rundir import RunDir
+from bootcli.teachers.registry import load
+from bootcli.trainer import StepReport, Trainer
+
+PREVIEWS = 10
+"""Columns of a preview grid."""
+
+
+def resolve_config(
+    flags: Mapping[str, object], overrides: Mapping[str, object], file: Mapping[str, object]
+) -> DistillConfig:
+    """The configuration of a new run: flags, then ``--set``, then the config file, then the teacher's recipe."""
+    name = resolve(flags, overrides, file).teacher
+    recipe = load(name).teacher.recipe()
+    # A folder is stored as an absolute path, so that the run can be used from anywhere.
+    place = {"teacher": str(Path(name).resolve())} if Path(name).exists() else {}
+    return resolve(place, flags, overrides, file, recipe)
+
+
+def resume_config(
+    run: Path, flags: Mapping[str, object], overrides: Mapping[str, object], file: Mapping[str, object]
+) -> DistillConfig:
+    """The stored configuration with what may change on ``--resume``: a longer ``steps``, and logging.
+
+    Raises `UsageError` for any other change.
+    """
+    stored = RunDir(run).config()
+    changed = resolve(flags, overrides, file, dict(flatten(to_dict(stored))))
+    refused = {
+        key: values
+        for key, values in differences(stored, changed).items()
+        if key not in RESUMABLE and not (key == "steps" and changed.steps > stored.steps)
+    }
+    if refused:
+        listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in refused.items())
+        raise UsageError(
+            f"--resume cannot change {listed} of {run}.",
+            "Only a longer --steps and logging may change; start a new run for the rest.",
+        )
+    return changed
+
+
+def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Event]:
+    """Distil a teacher, as a stream of events; files are written on the way.
+
+    Args:
+        config: resolved.
+        run: the run folder; must be new or empty unless ``resume`` or ``overwrite``.
+        resume: continue from the newest checkpoint, bit for bit.
+        overwrite: replace an earlier run there.
+
+    Raises `UsageError` for impossible settings, `BootError` at a loss that is not finite (after saving the last good
+    state), `Interrupted` after Ctrl-C or SIGTERM (after saving).
+    """
+    rundir = RunDir(run)
+    if not resume:
+        rundir.check_free(overwrite=overwrite)
+    engine = Engine(config.device, config.mixed_precision)
+    loaded = load(config.teacher)
+    work = set_up(loaded.teacher, config, engine)
+    trainer = Trainer(work.student, work.objective, work.conditions, work.config, engine)
+    if resume:
+        _restore(trainer, rundir)
+    if engine.is_main:
+        rundir.create(work.config, keep=resume)
+    session = _Session(rundir, work, trainer, loaded.family.name, engine)
+    yield Started(run, session.facts(loaded.origin), trainer.step, config.steps)
+    yield from session.events()
+
+
+def _restore(trainer: Trainer, rundir: RunDir) -> None:
+    tensors, facts = load_newest(rundir.checkpoints)
+    try:
+        trainer.load_state(tensors, facts)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise BootError(f"The checkpoint in {rundir.checkpoints} does not fit this run: {error}.") from error
+    rundir.trim_log(trainer.step)
+
+
+class _Session:
+    """One call of `distill`: the trainer's reports turned into files and events."""
+
+    def __init__(self, rundir: RunDir, work: Distillation, trainer: Trainer, family: str, engine: Engine) -> None:
+        self.rundir = rundir
+        self.work = work
+        self.trainer = trainer
+        self.family = family
+        self.engine = engine
+        self.config = work.config
+        self._teacher_samples: Tensor | None = None
+        self._previewed = -1
+
+    def facts(self, origin: str) -> dict[str, str]:
+        """What `Started` tells the user."""
+        config, spec = self.config, self.work.view.teacher.spec
+        parameters = sum(p.numel() for p in self.work.student.parameters())
+        return {
+            "teacher": f"{config.teacher} ({origin})",
+            "samples": "x".join(str(n) for n in spec.sample_shape),
+            "student": f"{parameters / 1e6:.2f}M parameters, {config.student.head} head",
+            "objective": f"{config.objective}, t from {self.work.t_max:.3f} to {config.student.t_min:.3f}",
+            "device": f"{self.engine.device}, mixed precision {self.engine.mixed_precision}",
+        }
+
+    def events(self) -> Iterator[Event]:
+        """Train to the end, or to the signal that stops it."""
+        began, first = time.perf_counter(), self.trainer.step
+        with watch_signals() as wish:
+            reports = self.trainer.run()
+            while True:
+                try:
+                    report = next(reports, None)
+                except BootError as error:
+                    path = self._checkpoint().path
+                    raise BootError(f"{error.message} The last good state is {path}.", error.hint) from error
+                if report is None:
+                    break
+                yield from self._after_step(report)
+                if wish.signum is not None:
+                    yield self._checkpoint()
+                    raise Interrupted(
+                        f"Stopped at step {self.trainer.step}; the state is saved in {self.rundir.checkpoints}.",
+                        f"Go on with: bootcli distill --resume --output {self.rundir.path}",
+                        signum=wish.signum,
+                    )
+            yield from self._finish(began, first)
+
+    def _after_step(self, report: StepReport) -> Iterator[Event]:
+        config, last = self.config, report.step == self.config.steps
+        if self.engine.is_main and (report.step % config.log_every == 0 or report.step == 1 or last):
+            self.rundir.log(dataclasses.asdict(report))
+        yield Stepped(report)
+        if config.preview_every and report.step % config.preview_every == 0:
+            yield from self._preview()
+        if config.checkpoint_every and report.step % config.checkpoint_every == 0 and not last:
+            yield self._checkpoint()
+
+    def _finish(self, began: float, first: int) -> Iterator[Event]:
+        yield from self._preview()
+        if self.trainer.step > first:
+            yield self._checkpoint()
+        if self.engine.is_main:
+            weights = self.trainer.ema.weights
+            save_student(self.rundir.student, self.work.student, weights, self.family, self.config, self.trainer.step)
+        yield Finished(self.rundir.path, self.rundir.student, self.trainer.step, time.perf_counter() - began)
+
+    def _checkpoint(self) -> Saved:
+        self.engine.wait()
+        step = self.trainer.step
+        path = self.rundir.checkpoints / f"step-{step:08d}.safetensors"
+        if self.engine.is_main:
+            tensors, facts = self.trainer.state()
+            path = save_checkpoint(self.rundir.checkpoints, step, tensors, facts, self.config.keep_checkpoints)
+        return Saved(step, path)
+
+    @torch.no_grad()
+    def _preview(self) -> Iterator[Previewed]:
+        """The teacher's samples above the student's one-step samples, from the same noise."""
+        if not self.engine.is_main or self._previewed == self.trainer.step:
+            return
+        work, step = self.work, self.trainer.step
+        teacher = work.view.teacher
+        eps = prior_noise(range(self.config.seed, self.config.seed + PREVIEWS), teacher.spec.sample_shape)
+        eps = eps.to(self.engine.device)
+        pool = next((len(tensor) for tensor in work.conditions.tensors.values()), 1)
+        cond = work.conditions.rows(torch.arange(PREVIEWS) % pool).to(self.engine.device)
+        with self.engine.autocast(), self.trainer.ema.applied_to(work.student):
+            if self._teacher_samples is None:
+                steps = self.config.preview_teacher_steps
+                self._teacher_samples = teacher_endpoint(work.view, eps, cond, work.t_max, steps)
+            sample = work.student.sample(eps, cond)
+        both = torch.cat([teacher.decode(self._teacher_samples), teacher.decode(sample)])
+        tiles = grid(to_uint8(both).cpu(), columns=PREVIEWS)
+        path = self.rundir.previews / f"step-{step:08d}.png"
+        save_png(enlarge(tiles, max(1, 64 // both.shape[-1])), path)
+        self._previewed = step
+        yield Previewed(step, path, float((sample - self._teacher_samples).square().mean()))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `--dry-run` shows.
+
+    Args:
+        config: resolved, nested.
+        facts: as at the start of a run.
+        seconds_per_step, total_seconds: measured on one update after a warm-up.
+        peak_memory_bytes: of the GPU; on a CPU what the process holds after the updates.
+        parameters: of the student.
+    """
+
+    config: Mapping[str, object]
+    facts: Mapping[str, str]
+    seconds_per_step: float
+    total_seconds: float
+    peak_memory_bytes: int
+    parameters: int
+
+
+def dry_run(config: DistillConfig) -> Estimate:
+    """Set the run up, take two updates, write nothing."""
+    engine = Engine(config.device, config.mixed_precision)
+    loaded = load(config.teacher)
+    work = set_up(loaded.teacher, config, engine)
+    trainer = Trainer(work.student, work.objective, work.conditions, dataclasses.replace(work.config, steps=2), engine)
+    *_, report = trainer.run()
+    facts = _Session(RunDir(Path()), work, trainer, loaded.family.name, engine).facts(loaded.origin)
+    return Estimate(
+        config=to_dict(work.config),
+        facts=facts,
+        seconds_per_step=report.seconds,
+        total_seconds=report.seconds * config.steps,
+        peak_memory_bytes=_peak_memory(engine.device),
+        parameters=sum(p.numel() for p in work.student.parameters()),
+    )
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,142 @@
+"""From a configuration to the objects of a run: teacher, conditions, student, objective."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bootcli.config import DistillConfig
+from bootcli.engine import Engine
+from bootcli.errors import BootError, UsageError
+from bootcli.maths.broadcast import like
+from bootcli.objectives.boot import Boot
+from bootcli.sampler import prior_noise
+from bootcli.store.artifact import load_student
+from bootcli.student import Student
+from bootcli.teachers.protocol import Cond, Teacher
+from bootcli.teachers.view import TeacherView
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What the trainer needs, on the engine's device.
+
+    Args:
+        view: the teacher as a guided denoiser.
+        conditions: the pool that samples draw from; empty where unconditional.
+        student: the network to train.
+        objective: what it is trained on.
+        t_max: where the path starts.
+        config: with every "auto" resolved.
+    """
+
+    view: TeacherView
+    conditions: Cond
+    student: Student
+    objective: Boot
+    t_max: float
+    config: DistillConfig
+
+
+def teacher_view(teacher: Teacher, config: DistillConfig, engine: Engine) -> TeacherView:
+    """The frozen teacher on its device, guided as the configuration says. Raises `UsageError`."""
+    teacher.net.requires_grad_(False).eval().to(engine.device)
+    if config.negative_prompt is not None and teacher.spec.conditioning != "text":
+        raise UsageError(f"--negative-prompt: the teacher {config.teacher} takes no prompts.")
+    if config.guidance_scale == 1.0:
+        return TeacherView(teacher)
+    if teacher.spec.conditioning == "none":
+        raise UsageError(f"--guidance-scale: the teacher {config.teacher} is unconditional.", "Leave it out.")
+    negative = teacher.condition([config.negative_prompt]).to(engine.device)
+    return TeacherView(teacher, config.guidance_scale, negative)
+
+
+def condition_pool(teacher: Teacher, config: DistillConfig) -> Cond:
+    """All conditions that the run distils. Raises `UsageError` for a flag that the teacher cannot honour."""
+    kind = teacher.spec.conditioning
+    if config.prompts is not None and kind != "text":
+        raise UsageError(f"--prompts: the teacher {config.teacher} takes no prompts.", "Leave it out.")
+    if config.classes is not None and kind != "class":
+        raise UsageError(f"--classes: the teacher {config.teacher} has no classes.", "Leave it out.")
+    if kind == "class":
+        return teacher.condition(list(config.classes or range(teacher.spec.num_classes)))
+    if kind == "text":
+        return teacher.condition(read_prompts(config.prompts))
+    return Cond()
+
+
+def read_prompts(path: str | None) -> list[str]:
+    """The lines of a prompt file that are not blank. Raises `UsageError`."""
+    if path is None:
+        raise UsageError("This teacher needs prompts.", "Give a text file with one prompt per line: --prompts FILE")
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read prompts from {path}: {error}.") from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise UsageError(f"{path} holds no prompts.", "Write one prompt per line.")
+    return prompts
+
+
+def set_up(teacher: Teacher, config: DistillConfig, engine: Engine) -> Distillation:
+    """Build a run. Raises `UsageError` for settings the teacher cannot honour."""
+    pool = condition_pool(teacher, config)
+    view = teacher_view(teacher, config, engine)
+    t_max = start_time(teacher, config)
+    head = teacher.head() if config.student.head == "auto" else config.student.head
+    config = dataclasses.replace(
+        config,
+        mixed_precision=engine.mixed_precision,
+        student=dataclasses.replace(config.student, head=head),
+    )
+    torch.manual_seed(config.seed)  # the new layers of the student
+    student = Student(teacher, head, config.student.t_min).to(engine.device)
+    if config.optimizer.gradient_checkpointing:
+        teacher.enable_gradient_checkpointing(student.net)
+    if config.init_from is not None:
+        _start_from(student, Path(config.init_from))
+    elif head == "x0":
+        student.start_at(mean_start(view, pool, t_max, config.seed, engine))
+    if config.optimizer.compile:
+        student.net.compile()
+        teacher.net.compile()
+    objective = Boot(config.boot, view, config.student.t_min, t_max)
+    return Distillation(view, pool, student, objective, t_max, config)
+
+
+def start_time(teacher: Teacher, config: DistillConfig) -> float:
+    """t_max: the largest t at which the teacher's x_0 is not amplified beyond ``student.max_gain``.
+
+    Only eps (and, much less, v) predictions are divided by alpha; other teachers start at t = 1.
+    """
+    schedule, student = teacher.spec.schedule, config.student
+    t_max = schedule.largest_t(student.max_gain) if teacher.spec.prediction == "eps" else 1.0
+    if t_max <= student.t_min:
+        raise UsageError(f"student.max_gain {student.max_gain} leaves no time range above t_min {student.t_min}.")
+    return t_max
+
+
+@torch.no_grad()
+def mean_start(view: TeacherView, pool: Cond, t_max: float, seed: int, engine: Engine) -> Tensor:
+    """The teacher's mean x_0 at the start of the path, per channel, shape (c,): from 64 noises."""
+    eps = prior_noise(range(seed, seed + 64), view.teacher.spec.sample_shape).to(engine.device)
+    t = torch.full((64,), t_max, dtype=torch.float64)
+    size = next((len(tensor) for tensor in pool.tensors.values()), 1)
+    cond = pool.rows(torch.arange(64) % size).to(engine.device)
+    with engine.autocast():
+        return view.x0(like(view.schedule(t).sigma, eps) * eps, t, cond).mean((0, 2, 3))
+
+
+def _start_from(student: Student, run: Path) -> None:
+    source = load_student(run).student
+    if source.head != student.head:
+        raise UsageError(f"--init-from {run}: its head is {source.head}, this run's is {student.head}.")
+    try:
+        student.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        raise BootError(f"--init-from {run}: its network does not fit.", "Use the same teacher.") from error

@@ -1,0 +1,81 @@
+"""Images from seeds: the student in one call, the teacher by its reference sampler.
+
+Image i depends on its own seed alone, whatever the batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from bootcli.engine import Engine
+from bootcli.images import to_uint8
+from bootcli.maths.broadcast import like
+from bootcli.maths.sampling import ddim
+from bootcli.maths.signal_ode import from_signal
+from bootcli.student import Student
+from bootcli.teachers.protocol import Cond
+from bootcli.teachers.view import TeacherView
+
+CondOf = Callable[[Sequence[int]], Cond]
+"""The conditions of the images with these seeds."""
+
+
+def prior_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal noise (b, c, h, w), row i from the generator of ``seeds[i]`` alone; float32 on the CPU."""
+    generator = torch.Generator()
+    noise = torch.empty(len(seeds), *shape)
+    for row, seed in zip(noise, seeds, strict=True):
+        row.normal_(generator=generator.manual_seed(seed))
+    return noise
+
+
+@torch.no_grad()
+def student_images(
+    student: Student, cond_of: CondOf, seeds: Sequence[int], batch_size: int, engine: Engine
+) -> Iterator[Tensor]:
+    """One-step samples as uint8 batches (b, c, H, W) on the CPU."""
+    for batch in _batches(seeds, batch_size):
+        eps = prior_noise(batch, student.teacher.spec.sample_shape).to(engine.device)
+        with engine.autocast():
+            z = student.sample(eps, cond_of(batch).to(engine.device))
+        yield to_uint8(student.teacher.decode(z)).cpu()
+
+
+@torch.no_grad()
+def teacher_images(
+    view: TeacherView, steps: int, cond_of: CondOf, seeds: Sequence[int], batch_size: int, engine: Engine
+) -> Iterator[Tensor]:
+    """Samples of the reference sampler (DDIM, eta 0, trailing) as uint8 batches (b, c, H, W) on the CPU."""
+    for batch in _batches(seeds, batch_size):
+        x = prior_noise(batch, view.teacher.spec.sample_shape).to(engine.device)
+        cond = cond_of(batch).to(engine.device)
+        with engine.autocast():
+            z = _last(ddim(lambda x, t, c=cond: view.x0(x, t, c), view.schedule, x, view.schedule.grid(steps)))
+        yield to_uint8(view.teacher.decode(z)).cpu()
+
+
+@torch.no_grad()
+def teacher_endpoint(view: TeacherView, eps: Tensor, cond: Cond, t_max: float, steps: int) -> Tensor:
+    """Where the teacher's path from ``eps`` ends: the pair of the student's y(eps, t_min, c).
+
+    It starts where the student's boundary condition does: x = alpha * f + sigma * eps at t_max, with
+    f = f(sigma * eps, t_max).
+    """
+    t = torch.full((len(eps),), t_max, dtype=torch.float64)
+    at = view.schedule(t)
+    f = view.x0(like(at.sigma, eps) * eps, t, cond)
+    times = view.schedule.grid(steps) * t_max
+    return _last(ddim(lambda x, t: view.x0(x, t, cond), view.schedule, from_signal(f, eps, at), times))
+
+
+def _batches(seeds: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
+    for first in range(0, len(seeds), batch_size):
+        yield seeds[first : first + batch_size]
+
+
+def _last(states: Iterator[Tensor]) -> Tensor:
+    *_, state = states
+    return state

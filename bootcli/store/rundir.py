@@ -1,0 +1,129 @@
+"""The run folder: where each thing of a run lies. Light: imports no torch.
+
+config.json   the resolved configuration, written before step 0
+log.jsonl     one line per logged step
+previews/     PNG grids: the teacher's many-step samples above the student's, from the same noise
+checkpoints/  complete states, newest last
+student/      the student artifact, one safetensors file
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bootcli.config import DistillConfig, from_dict, to_dict
+from bootcli.errors import BootError, UsageError
+from bootcli.store.files import read_json, write_json
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths and small files of one run."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.json"
+
+    @property
+    def log_file(self) -> Path:
+        """One JSON object per logged step."""
+        return self.path / "log.jsonl"
+
+    @property
+    def previews(self) -> Path:
+        """PNG grids."""
+        return self.path / "previews"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folders ``step-00000100``."""
+        return self.path / "checkpoints"
+
+    @property
+    def student(self) -> Path:
+        """The student artifact."""
+        return self.path / "student" / "student.safetensors"
+
+    def check_free(self, *, overwrite: bool) -> None:
+        """Raise `UsageError` for a folder that is not empty, unless ``overwrite`` and it holds an earlier run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file.", "Name a folder with --output.")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not overwrite:
+            raise UsageError(
+                f"The output folder {self.path} is not empty.",
+                "Choose another --output, go on with --resume, or replace it with --overwrite.",
+            )
+        if not self.config_file.exists():
+            raise UsageError(
+                f"{self.path} is not a run folder; it will not be overwritten.", "Choose another --output."
+            )
+
+    def create(self, config: DistillConfig, *, keep: bool) -> None:
+        """Write the configuration into the folder; unless ``keep``, the files of an earlier run there go away."""
+        if not keep:
+            self._clear()
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.config_file, to_dict(config))
+
+    def _clear(self) -> None:
+        for folder in (self.previews, self.checkpoints, self.student.parent):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.log_file.unlink(missing_ok=True)
+
+    def config(self) -> DistillConfig:
+        """The stored configuration. Raises `BootError` for a folder that is not a run or a broken file."""
+        if not self.config_file.is_file():
+            raise BootError(f"{self.path} is not a run folder: it has no config.json.", "Name a run, or leave it out.")
+        try:
+            return from_dict(read_json(self.config_file))
+        except UsageError as error:
+            raise BootError(f"{self.config_file}: {error.message}", error.hint) from error
+
+    def log(self, line: Mapping[str, object]) -> None:
+        """Append one line to the log."""
+        with self.log_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def trim_log(self, step: int) -> None:
+        """Drop the lines after ``step``, which a resumed run will write again."""
+        if not self.log_file.exists():
+            return
+        kept = [line for line in self.log_file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        self.log_file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut off by a crash
+
+
+def default_run(teacher: str, objective: str, root: Path = RUNS) -> Path:
+    """``runs/<teacher>-<objective>-<time>``; a number is added where two runs start in one second."""
+    name = Path(teacher.replace(":", "-")).name or "teacher"
+    base = root / f"{name}-{objective}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, number = base, 2
+    while path.exists():
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path
+
+
+def newest_run(root: Path = RUNS) -> Path:
+    """The run under ``root`` that was started last. Raises `UsageError` when there is none."""
+    runs = [path.parent for path in root.glob("*/config.json")] if root.is_dir() else []
+    if not runs:
+        raise UsageError(f"No run found under {root}/.", "Name a run folder, or make one with: bootcli distill")
+    return max(runs, key=lambda run: (run / "config.json").stat().st_mtime_ns)

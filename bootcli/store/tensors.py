@@ -1,0 +1,37 @@
+"""Safetensors files with a JSON header, written atomically and read with clear errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bootcli.errors import BootError
+from bootcli.store.files import atomic_file
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> None:
+    """Write tensors and a JSON-able header to one file, atomically."""
+    with atomic_file(path) as temporary:
+        # clone: safetensors refuses tensors that share memory
+        contiguous = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+        save_file(contiguous, temporary, metadata={"bootcli": json.dumps(header)})
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Tensors and header. Raises `BootError` for a missing, damaged or foreign file; executes nothing."""
+    if not path.is_file():
+        raise BootError(f"{path} does not exist.")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = json.loads((file.metadata() or {})["bootcli"])
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a mapping)
+    except KeyError as error:
+        raise BootError(f"{path} was not written by bootcli.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BootError(f"{path} is damaged: {error}.", "Restore it from a copy, or make it again.") from error

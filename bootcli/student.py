@@ -1,0 +1,119 @@
+"""The student: a copy of the teacher's network that maps prior noise and a wanted time to the signal, in one call.
+
+| code | paper | shape |
+|---|---|---|
+| eps | prior noise | (b, c, h, w) |
+| t | target time | (b,) |
+| y | y(eps, t, c), BOOT's g_theta | (b, c, h, w) |
+
+The backbone always sees pure noise, so its native timestep stays at t = 1. The target time enters by a branch of its
+own, added to the time embedding as ``e(t) - e(t_min)``: at t_min the student is exactly a stock network, which any
+program that sends the last timestep can run.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from bootcli.maths.prediction import to_x0
+from bootcli.teachers.protocol import Cond, Head, Teacher
+
+
+class TimeBranch(nn.Module):
+    """``e(t) - e(t_min)``: Fourier features of t, one hidden layer, a zero-initialised output.
+
+    Args:
+        width: of the embedding it is added to.
+        t_min: where the branch is exactly 0, whatever its weights.
+        frequencies: number of sine and cosine pairs, geometric from 1 to 1000 radians.
+    """
+
+    def __init__(self, width: int, t_min: float, frequencies: int = 32) -> None:
+        super().__init__()
+        self.t_min = t_min
+        self.frequencies = frequencies
+        self.hidden = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.out = nn.Linear(width, width, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """The offset for times (b,), float64 CPU: shape (b, width), on the device of the weights."""
+        weight = self.out.weight
+        times = torch.cat([t, t.new_tensor([self.t_min])])
+        ladder = torch.logspace(0, 3, self.frequencies, dtype=torch.float64)
+        angles = times[:, None] * ladder  # float64 on the CPU: t * 1000 radians loses digits in float32
+        features = torch.cat([angles.sin(), angles.cos()], dim=1).to(weight.device, weight.dtype)
+        hidden = self.hidden(features)
+        # The difference is taken before the last layer, so that it is exactly 0 at t_min in any precision.
+        offset: Tensor = self.out(hidden[:-1] - hidden[-1:])
+        return offset
+
+
+class Student(nn.Module):
+    """y(eps, t, c).
+
+    Args:
+        teacher: its family's knowledge (how to call the network, where to inject); its weights are copied.
+        head: ``native`` reads the output as the teacher's prediction type at t = 1 and converts it to x_0; ``x0``
+            reads the output as y itself.
+        t_min: the target time of a sample.
+    """
+
+    def __init__(self, teacher: Teacher, head: Head, t_min: float) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.head: Head = head
+        self.net = copy.deepcopy(teacher.net).float().requires_grad_(True)
+        site, width = teacher.embedding_site(self.net)
+        self.time_branch = TimeBranch(width, t_min)
+        self._offset: Tensor | None = None
+        site.register_forward_hook(self._add_offset)
+
+    @property
+    def t_min(self) -> float:
+        """The target time of a sample."""
+        return self.time_branch.t_min
+
+    def _add_offset(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return output if self._offset is None else output + self._offset.to(output.dtype)
+
+    def forward(self, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The signal at target times ``t`` on the paths that start from ``eps``; float32."""
+        self._offset = self.time_branch(t)
+        try:
+            return self._read(self._predict(eps, cond), eps)
+        finally:
+            self._offset = None
+
+    def sample(self, eps: Tensor, cond: Cond) -> Tensor:
+        """y(eps, t_min, c): the stock network alone, without the time branch (which is 0 there)."""
+        return self._read(self._predict(eps, cond), eps)
+
+    def _predict(self, eps: Tensor, cond: Cond) -> Tensor:
+        return self.teacher.predict(self.net, eps, torch.ones(len(eps), dtype=torch.float64), cond)
+
+    def _read(self, output: Tensor, eps: Tensor) -> Tensor:
+        if self.head == "x0":
+            return output.float()
+        spec = self.teacher.spec
+        at = spec.schedule(torch.ones(len(eps), dtype=torch.float64))
+        # The prior is N(0, 1); the path's own start is sigma * eps, which is eps where sigma = 1.
+        return to_x0(spec.prediction, output.float(), eps.float(), at)
+
+    def start_at(self, mean: Tensor) -> None:
+        """Re-initialise the last layer of an ``x0`` head so that the output is near ``mean``, shape (c,).
+
+        The teacher's last layer speaks another language (eps); its weights are kept at a small scale, so that the
+        gradient reaches the layers below from the first step.
+        """
+        layer = self.teacher.output_layer(self.net)
+        weight, bias = layer.weight, layer.bias
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
+            raise TypeError("the output layer needs a weight and a bias")
+        with torch.no_grad():
+            weight.mul_(1 / math.sqrt(weight[0].numel()))
+            bias.copy_(mean)

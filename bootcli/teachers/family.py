@@ -1,0 +1,53 @@
+"""What a plugin registers: a light description of one teacher family. Importing it costs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bootcli.teachers.protocol import Teacher
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name for a teacher.
+
+    Args:
+        source: a hub id, or an absolute folder (a teacher that ships inside the plugin).
+        summary: one line for `bootcli teachers`.
+    """
+
+    source: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class TeacherFamily:
+    """The object behind an entry point of the group ``bootcli.teachers``.
+
+    Keep the module that defines it light: import torch inside ``load`` and ``build``, never at the top, since
+    `bootcli teachers` and usage errors load it.
+
+    Args:
+        name: the family, equal to the entry point's name ("ddpm").
+        summary: one line: what it accepts.
+        accepts: layouts it reads, one line each.
+        matches: cheap test of a local folder or file; reads at most small JSON files and never raises on junk.
+        load: local folder or file -> teacher with weights. Raises `BootError` for a broken one.
+        build: ``Teacher.config()`` -> the same teacher with untrained weights, for a stored student. Runs no code
+            from the folder.
+        aliases: short names.
+        hub_files: patterns of the files that ``load`` needs from a hub repository, beside its ``*.json`` and card.
+    """
+
+    name: str
+    summary: str
+    accepts: tuple[str, ...]
+    matches: Callable[[Path], bool]
+    load: Callable[[Path], Teacher]
+    build: Callable[[Mapping[str, object]], Teacher]
+    aliases: Mapping[str, Alias] = field(default_factory=dict)
+    hub_files: tuple[str, ...] = ()

@@ -1,0 +1,167 @@
+"""The contract between bootcli and one loaded teacher."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bootcli.errors import BootError, UsageError
+from bootcli.maths.prediction import PredictionType
+from bootcli.maths.schedule import Schedule
+from bootcli.maths.threshold import NoThreshold, Threshold
+
+Conditioning = Literal["none", "class", "text"]
+Head = Literal["native", "x0"]
+
+
+@dataclass(frozen=True)
+class Cond:
+    """What the network is conditioned on: named tensors whose first dimension is the batch. Empty: unconditional."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, index: Tensor) -> Cond:
+        """The conditions at ``index``, shape (b,)."""
+        return Cond({name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device) -> Cond:
+        """The same on another device."""
+        return Cond({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def then(self, other: Cond) -> Cond:
+        """Both batches, one after the other."""
+        return Cond({name: torch.cat([tensor, other.tensors[name]]) for name, tensor in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """What the core has to know of a teacher to do every conversion itself.
+
+    Args:
+        sample_shape: (channels, height, width) of x_t.
+        prediction: what the network predicts.
+        schedule: its forward process.
+        conditioning: what `Teacher.condition` accepts.
+        num_classes: for ``conditioning="class"``: labels 0 to num_classes - 1.
+        threshold: how the teacher keeps x_0 in range; latents have none.
+    """
+
+    sample_shape: tuple[int, int, int]
+    prediction: PredictionType
+    schedule: Schedule
+    conditioning: Conditioning = "none"
+    num_classes: int = 0
+    threshold: Threshold = NoThreshold()
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """A feature network with reference statistics, so that a Frechet distance has a meaning offline.
+
+    Args:
+        name: printed beside every number made with it ("fashion-cnn-64"); never "inception".
+        network: (b, c, h, w) float images in [0, 255] -> (b, d) features.
+        mean: (d,) float64, of the reference images.
+        cov: (d, d) float64.
+        num_images: how many reference images.
+        source: what they are, one line.
+        floor: the distance of real held-out images to the reference, or None where unknown.
+    """
+
+    name: str
+    network: nn.Module
+    mean: Tensor
+    cov: Tensor
+    num_images: int
+    source: str
+    floor: float | None = None
+
+
+Exporter = Callable[["Teacher", nn.Module, Head, Path], None]
+"""(teacher, student network at t_min, head, empty folder) -> files. See `Teacher.export_formats`."""
+
+
+class Teacher(ABC):
+    """One loaded teacher. Only ``predict`` knows native timesteps; the core knows t in [0, 1], t = 1 noise.
+
+    A subclass sets ``spec`` and ``net`` and fills the abstract methods. ``net`` is a plain `nn.Module` in eval mode
+    that the student copies; every method that takes a ``net`` must work on such a copy as well.
+    """
+
+    spec: TeacherSpec
+    net: nn.Module
+
+    @abstractmethod
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The raw prediction of ``net``.
+
+        Args:
+            net: ``self.net`` or a copy of it.
+            x_t: shape (b, c, h, w), on the device of ``net``.
+            t: shape (b,), float64 on the CPU, in [0, 1].
+            cond: from `condition`, on the device of ``net``.
+
+        Returns:
+            Shape (b, c, h, w): what ``spec.prediction`` says.
+        """
+
+    @abstractmethod
+    def embedding_site(self, net: nn.Module) -> tuple[nn.Module, int]:
+        """The submodule of ``net`` whose output, shape (b, width), conditions every block (the time embedding), and
+        the width. The student adds its target-time embedding to that output."""
+
+    @abstractmethod
+    def output_layer(self, net: nn.Module) -> nn.Module:
+        """The last layer of ``net``, with ``weight`` and ``bias``; the ``x0`` head re-initialises it."""
+
+    @abstractmethod
+    def config(self) -> dict[str, object]:
+        """JSON-able architecture and spec: what `TeacherFamily.build` needs to make this teacher without weights."""
+
+    def condition(self, requests: Sequence[int | str | None]) -> Cond:
+        """Conditions for one request per sample: a class label, a prompt, or None (the unconditional branch).
+
+        Raises `UsageError` for a request the teacher cannot honour.
+        """
+        if any(request is not None for request in requests):
+            raise UsageError("This teacher is unconditional: it takes no classes and no prompts.")
+        return Cond()
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images (b, 1 or 3, H, W) in [-1, 1] from samples; the identity for pixel models."""
+        return z
+
+    def head(self) -> Head:
+        """The student's head (method: ``x0`` where the gain 1 / alpha at t = 1 is large, else ``native``)."""
+        alpha = float(self.spec.schedule(torch.ones(1, dtype=torch.float64)).alpha)
+        return "x0" if self.spec.prediction == "eps" and alpha < 0.05 else "native"
+
+    def recipe(self) -> dict[str, object]:
+        """Settings that suit this teacher, as a short diff on bootcli's defaults: ``{"boot.delta": 0.05}``."""
+        return {}
+
+    def lora_targets(self) -> tuple[str, ...]:
+        """Name endings of the modules of ``net`` that a LoRA may adapt; empty: none known."""
+        return ()
+
+    def enable_gradient_checkpointing(self, net: nn.Module) -> None:
+        """Make ``net`` trade compute for memory, or say that it cannot."""
+        raise BootError("This teacher's network does not support gradient checkpointing.")
+
+    def export_formats(self) -> Mapping[str, Exporter]:
+        """Formats other programs load, each with its writer."""
+        return {}
+
+    def feature_space(self) -> FeatureSpace | None:
+        """A feature network of the teacher's own domain, or None: then FID means Inception."""
+        return None
+
+    def describe(self) -> dict[str, str]:
+        """Facts for `bootcli teachers NAME`: architecture, licence if the model card names it, anything of note."""
+        return {}

@@ -1,0 +1,133 @@
+"""Train the feature network of the `fashion` teacher and store its reference statistics.
+
+    PYTHONPATH=plugins python examples/train_fashion_features.py --output plugins/bootcli_ddpm/fashion/features
+
+The training images' statistics become the Frechet reference; the 10,000 test images, which neither the teacher nor this
+network trained on, give the floor: the distance that a perfect model would still show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from bootcli_ddpm.features import CONFIG, REFERENCE, WEIGHTS, FeatureNetwork, sha256
+from fashion_data import DEFAULT_DATA, load_fashion
+from safetensors.torch import save_file
+from torch import Tensor
+
+ARCHITECTURE: dict[str, object] = {"channels": [32, 64, 64], "features": 64, "classes": 10, "size": 16}
+
+
+@torch.no_grad()
+def extract(network: FeatureNetwork, images: Tensor, batch_size: int = 1000) -> Tensor:
+    """Features (n, d) in float64 of uint8 images (n, 1, 16, 16)."""
+    return torch.cat([network(batch.float()) for batch in images.split(batch_size)]).double()
+
+
+def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and unbiased covariance (d, d) of features (n, d), as `np.cov(rowvar=False)` defines it."""
+    return features.mean(0), torch.cov(features.T)
+
+
+def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) between two Gaussians (Heusel et al. 2017, arXiv:1706.08500).
+
+    tr (A B)^(1/2) is computed from the symmetric A^(1/2) B A^(1/2), which has the same eigenvalues as A B.
+    """
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def shift(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Translate every image (b, 1, 16, 16) by its own -1, 0 or 1 pixel per axis, filling with the black background."""
+    b, _, h, w = images.shape
+    padded = F.pad(images, (1, 1, 1, 1))
+    dy, dx = torch.randint(0, 3, (2, b, 1, 1), generator=generator)
+    rows, columns = torch.arange(h)[None, :, None] + dy, torch.arange(w)[None, None, :] + dx
+    return padded[torch.arange(b)[:, None, None], 0, rows, columns][:, None]
+
+
+@torch.no_grad()
+def accuracy(network: FeatureNetwork, images: Tensor, labels: Tensor) -> float:
+    """Fraction of uint8 images (n, 1, 16, 16) classified as their labels (n,)."""
+    predicted = torch.cat([network.logits(batch.float()).argmax(1) for batch in images.split(1000)])
+    return float((predicted == labels).double().mean())
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of the idx .gz files")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of the one-cycle schedule")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, take the reference statistics, save."""
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    images, labels = load_fashion(args.data, "train")
+    test_images, test_labels = load_fashion(args.data, "t10k")
+
+    network = FeatureNetwork(**ARCHITECTURE)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=1e-2)
+    per_epoch = len(images) // args.batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * per_epoch)
+    start = time.monotonic()
+    for epoch in range(args.epochs):
+        network.train()
+        order = torch.randperm(len(images), generator=generator)[: per_epoch * args.batch_size]
+        total = 0.0
+        for index in order.split(args.batch_size):
+            batch = shift(images[index].float(), generator)
+            loss = F.cross_entropy(network.logits(batch), labels[index], label_smoothing=0.05)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+        network.eval()
+        seconds, test = time.monotonic() - start, accuracy(network, test_images, test_labels)
+        print(f"epoch {epoch + 1}: loss {total / per_epoch:.4f}, test accuracy {test:.4f}, {seconds:.0f} s", flush=True)
+
+    mean, cov = statistics(extract(network, images))
+    held_out = extract(network, test_images)
+    floor = {str(n): round(frechet_distance(*statistics(held_out[:n]), mean, cov), 4) for n in (10_000, 5_000)}
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    save_file(network.state_dict(), args.output / WEIGHTS)
+    save_file({"mean": mean, "cov": cov}, args.output / REFERENCE)
+    config = {
+        "name": "fashion-cnn-64",
+        "architecture": ARCHITECTURE,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "test_accuracy": accuracy(network, test_images, test_labels),
+        "reference_images": len(images),
+        "floor": floor,  # distance of the first n test images to the reference
+        "sha256": sha256(args.output / WEIGHTS),
+    }
+    scratch = args.output / f".{CONFIG}"
+    scratch.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(scratch, args.output / CONFIG)
+    for name in (CONFIG, WEIGHTS, REFERENCE):
+        (args.output / name).chmod(0o644)  # safetensors writes 0600
+    print(json.dumps(config, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The feature network of the embedded `fashion` teacher, for a Frechet distance that needs no download.
+
+A folder holds three files: `config.json` (architecture, name, test accuracy, floor), `model.safetensors` (weights) and
+`reference.safetensors` (feature mean and covariance of the training images). The network is a small classifier of
+Fashion-MNIST at 16x16; its distances are on its own scale and are not comparable to Inception's FID.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+CONFIG, WEIGHTS, REFERENCE = "config.json", "model.safetensors", "reference.safetensors"
+
+
+class FeatureNetwork(nn.Module):
+    """Three conv-relu-pool stages and a linear embedding, read before its activation.
+
+    The embedding is taken before the relu because there it is dense and closer to the Gaussian that the Frechet
+    distance assumes; relu outputs would be sparse, with a nearly singular covariance.
+
+    Args:
+        channels: output channels of the three convolutions.
+        features: width of the embedding.
+        classes: number of classes of the training labels.
+        size: side of the square input images, in pixels.
+    """
+
+    def __init__(
+        self, channels: Sequence[int] = (32, 64, 64), features: int = 64, classes: int = 10, size: int = 16
+    ) -> None:
+        super().__init__()
+        self.size = size
+        widths = (1, *channels)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths))
+        self.dropout = nn.Dropout(0.3)
+        self.embed = nn.Linear(channels[-1] * (size >> len(channels)) ** 2, features)
+        self.classify = nn.Linear(features, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (b, features) of float images (b, 1, size, size), levels 0..255 (clean-fid's convention)."""
+        x = images / 127.5 - 1
+        for conv in self.convs:
+            x = F.max_pool2d(F.relu(conv(x)), 2)
+        features: Tensor = self.embed(self.dropout(x.flatten(1)))
+        return features
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Class logits (b, classes) of float images (b, 1, size, size) with levels in [0, 255]."""
+        logits: Tensor = self.classify(self.dropout(F.relu(self(images))))
+        return logits
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's contents."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_feature_network(folder: Path) -> FeatureNetwork:
+    """Load the network of `folder` in float32, in eval mode and with frozen weights.
+
+    Raises:
+        ValueError: the weights are not the ones that `config.json` was written for.
+    """
+    config = json.loads((folder / CONFIG).read_text())
+    if sha256(folder / WEIGHTS) != config["sha256"]:
+        raise ValueError(f"{folder / WEIGHTS} does not match the sha256 in {CONFIG}: the folder is damaged or mixed")
+    network = FeatureNetwork(**config["architecture"])
+    network.load_state_dict(load_file(folder / WEIGHTS))
+    return network.eval().requires_grad_(False)
+
+
+def load_reference(folder: Path) -> tuple[Tensor, Tensor]:
+    """Load the reference statistics of `folder`: float64 mean (features,) and covariance (features, features)."""
+    tensors = load_file(folder / REFERENCE)
+    return tensors["mean"].to(torch.float64), tensors["cov"].to(torch.float64)

@@ -1,0 +1,252 @@
+"""One loaded DDPM teacher: a `UNet2DModel` and its forward process."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from huggingface_hub import metadata_load
+from torch import Tensor, nn
+
+from bootcli.plugin import (
+    BootError,
+    Clip,
+    Cond,
+    Dynamic,
+    Exporter,
+    FeatureSpace,
+    Teacher,
+    TeacherSpec,
+    UsageError,
+)
+from bootcli_ddpm.layout import read_layout
+from bootcli_ddpm.scheduler import Process, init_arguments, process_of, read_process
+from bootcli_ddpm.weights import fit_weights, read_weights
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)")
+
+
+class DDPMTeacher(Teacher):
+    """A pixel diffusion model of diffusers; its network still has random weights after construction.
+
+    Args:
+        unet: keyword arguments of `UNet2DModel`, without a learned variance.
+        process: the forward process.
+        card: facts that travel with students: ``licence`` and ``source`` (a hub id), where known.
+        folder: where the teacher was loaded from; None for one built from a config.
+    """
+
+    def __init__(
+        self, unet: Mapping[str, Any], process: Process, card: Mapping[str, str], folder: Path | None = None
+    ) -> None:
+        net = _network(unet)
+        self.net = net
+        self.process = process
+        self.card = dict(card)
+        self.spec = _spec(net.config, process)
+        self._arguments = init_arguments(UNet2DModel, net.config)
+        self._width = int(net.time_embedding.linear_2.out_features)
+        self._folder = folder
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """See `Teacher.predict`. The result has the dtype that ``net`` computes in."""
+        parameter = next(net.parameters())
+        # A float tensor: UNet2DModel truncates a Python float to a whole timestep.
+        timestep = self.process.table.timestep(t).float().to(parameter.device)
+        if self._arguments["time_embedding_type"] == "learned":
+            timestep = timestep.round().long()  # an embedding table has whole timesteps only
+        labels = cond.tensors.get("labels")
+        output: Tensor = net(x_t.to(parameter.dtype), timestep, class_labels=labels, return_dict=False)[0]
+        return output
+
+    def condition(self, requests: Sequence[int | str | None]) -> Cond:
+        """Class labels as ``{"labels": (b,) int64}``; see `Teacher.condition`.
+
+        A `UNet2DModel` reserves no label for "no class", so None is refused where the model has classes.
+        """
+        if self.spec.conditioning == "none":
+            return super().condition(requests)
+        last = self.spec.num_classes - 1
+        for request in requests:
+            if request is None:
+                raise UsageError(
+                    "This teacher always needs a class: it has no unconditional branch, so it cannot be guided.",
+                    f"Give class labels from 0 to {last}, and leave the guidance scale at 1.",
+                )
+            if not isinstance(request, int) or not 0 <= request <= last:
+                raise UsageError(
+                    f"{request!r} is not a class of this teacher.", f"Give class labels from 0 to {last}; no prompts."
+                )
+        return Cond({"labels": torch.tensor(requests, dtype=torch.long)})
+
+    def embedding_site(self, net: nn.Module) -> tuple[nn.Module, int]:
+        """The time embedding, to which the network adds the class embedding later; see `Teacher.embedding_site`."""
+        return net.get_submodule("time_embedding"), self._width
+
+    def output_layer(self, net: nn.Module) -> nn.Module:
+        """The last convolution."""
+        return net.get_submodule("conv_out")
+
+    def config(self) -> dict[str, object]:
+        """Arguments of `UNet2DModel` and `DDIMScheduler`, and the card; see `Teacher.config`."""
+        parts = {"unet": self._arguments, "scheduler": self.process.config, "card": self.card}
+        config: dict[str, object] = json.loads(json.dumps(parts))  # tuples become lists: what a file gives back
+        return config
+
+    def lora_targets(self) -> tuple[str, ...]:
+        """The projections of the attention blocks, where the network has any."""
+        return _ATTENTION if self._has_attention() else ()
+
+    def enable_gradient_checkpointing(self, net: nn.Module) -> None:
+        """diffusers' own, block by block."""
+        if not isinstance(net, UNet2DModel):
+            raise BootError("Only a UNet2DModel knows how to checkpoint its gradients.")
+        net.enable_gradient_checkpointing()
+
+    def export_formats(self) -> Mapping[str, Exporter]:
+        """``diffusers``: a `DDIMPipeline` folder that samples in one step."""
+        from bootcli_ddpm.export import write_diffusers
+
+        return {"diffusers": write_diffusers}
+
+    def feature_space(self) -> FeatureSpace | None:
+        """The classifier in the teacher's ``features`` folder, if it has one; see `Teacher.feature_space`."""
+        if self._folder is None or not (self._folder / "features").is_dir():
+            return None
+        from bootcli_ddpm.feature_space import load_feature_space
+
+        return load_feature_space(self._folder / "features")
+
+    def describe(self) -> dict[str, str]:
+        """See `Teacher.describe`."""
+        channels, height, width = self.spec.sample_shape
+        facts = {
+            "architecture": f"UNet2DModel, {_millions(sum(p.numel() for p in self.net.parameters()))} parameters",
+            "images": f"{height}x{width}, {channels} channel{'s' if channels > 1 else ''}",
+            "predicts": str(self.process.config["prediction_type"]),
+            "schedule": self.process.summary,
+            "range of x_0": _range(self.spec),
+            "attention": "yes" if self._has_attention() else "no: there is nothing for a LoRA to adapt",
+        }
+        if self.spec.conditioning == "class":
+            facts["classes"] = f"{self.spec.num_classes}; no unconditional branch, hence no guidance"
+        return facts | self.card
+
+    def _has_attention(self) -> bool:
+        return any(name.endswith(_ATTENTION[0]) for name, _ in self.net.named_modules())
+
+
+def load(path: Path) -> DDPMTeacher:
+    """A teacher with its weights, in float32 and eval mode. Raises `BootError` for a broken folder."""
+    layout = read_layout(path)
+    process = read_process(layout.scheduler)
+    unet = init_arguments(UNet2DModel, layout.network)
+    tensors = read_weights(layout.unet)
+    defaults = inspect.signature(UNet2DModel).parameters
+    inputs, outputs = (unet.get(name, defaults[name].default) for name in ("in_channels", "out_channels"))
+    if outputs == 2 * inputs:
+        # The second half is a learned variance, which DDIM never reads. Cut off, the network is a plain one that
+        # students, exports and diffusers' own pipelines understand.
+        unet["out_channels"] = inputs
+        tensors |= {name: tensors[name][:inputs] for name in ("conv_out.weight", "conv_out.bias") if name in tensors}
+    teacher = DDPMTeacher(unet, process, _card(path), path)
+    fit_weights(teacher.net, tensors, layout.unet)
+    return teacher
+
+
+def build(config: Mapping[str, Any]) -> DDPMTeacher:
+    """The teacher of a stored `DDPMTeacher.config`, with random weights. Raises `BootError` for a damaged config."""
+    try:
+        unet, scheduler, card = (dict(config[name]) for name in ("unet", "scheduler", "card"))
+        process = process_of(scheduler)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BootError(
+            f"The stored teacher config is incomplete ({type(error).__name__}: {error}).",
+            "The file was edited, or written by another version of bootcli.",
+        ) from None
+    return DDPMTeacher(unet, process, card)
+
+
+def _network(unet: Mapping[str, Any]) -> Any:
+    try:
+        return UNet2DModel(**unet).eval()
+    except Exception as error:  # values of any kind come from the file, and diffusers checks few of them
+        raise BootError(
+            f"The network's configuration is not valid ({type(error).__name__}: {error}).",
+            "Correct config.json, or save the model again with diffusers.",
+        ) from None
+
+
+def _spec(config: Any, process: Process) -> TeacherSpec:
+    """Raises `BootError` for a `UNet2DModel` that is not a model of images on its own."""
+    size = [config.sample_size] * 2 if isinstance(config.sample_size, int) else list(config.sample_size or ())
+    if len(size) != 2:
+        raise BootError("The network's config.json has no sample_size.", "Add the height of its images, in pixels.")
+    if config.in_channels != config.out_channels:
+        raise BootError(
+            f"The network reads {config.in_channels} channels and predicts {config.out_channels}.",
+            "It is not an image model on its own (super-resolution or inpainting, perhaps).",
+        )
+    if config.time_embedding_type == "fourier":
+        raise BootError(
+            "The network has time_embedding_type 'fourier': it divides by its noise level and has no timesteps.",
+            "It belongs to a variance-exploding process (NCSN++), which the ddpm family does not run.",
+        )
+    classes = _num_classes(config)
+    return TeacherSpec(
+        sample_shape=(int(config.in_channels), int(size[0]), int(size[1])),
+        prediction=process.prediction,
+        schedule=process.table,
+        conditioning="class" if classes else "none",
+        num_classes=classes,
+        threshold=process.threshold,
+    )
+
+
+def _num_classes(config: Any) -> int:
+    kind, classes = config.class_embed_type, config.num_class_embeds
+    if kind is None:
+        return int(classes or 0)
+    if kind == "timestep" and classes is not None:
+        return int(classes)
+    if kind == "timestep":
+        raise BootError(
+            "The network takes classes (class_embed_type 'timestep'), but its config.json does not say how many.",
+            'Add "num_class_embeds": the number of classes; diffusers does not use it for this type.',
+        )
+    raise BootError(
+        f"The network has class_embed_type {kind!r}: it expects an embedding vector, not a class.",
+        "The ddpm family runs unconditional and class-conditional models.",
+    )
+
+
+def _card(path: Path) -> dict[str, str]:
+    """What the model card and the path say; a teacher without a readable card is no worse for it."""
+    try:
+        metadata = metadata_load(path / "README.md") if (path / "README.md").is_file() else None
+    except Exception:  # unreadable, not UTF-8, not YAML
+        metadata = None
+    card = {"licence": str(metadata["license"])} if metadata and metadata.get("license") else {}
+    hub = next((match for part in path.absolute().parts if (match := _HUB_CACHE.fullmatch(part))), None)
+    return card | ({"source": f"{hub[1]}/{hub[2]}"} if hub else {})
+
+
+def _range(spec: TeacherSpec) -> str:
+    match spec.threshold:
+        case Clip(bound):
+            return f"clipped to [-{bound:g}, {bound:g}]"
+        case Dynamic(quantile, max_bound):
+            return f"dynamic thresholding, quantile {quantile:g}, bound {max_bound:g}"
+        case _:
+            return "not limited"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,}"

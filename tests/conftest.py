@@ -1,0 +1,58 @@
+"""Shared fixtures: a tiny DDPM folder, the teacher in it, and a run distilled from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bootcli.plugin import Teacher
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("BOOTCLI_DEBUG", raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder: UNet2DModel on 8x8 grey images, linear betas, eps; random weights."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    folder = tmp_path_factory.mktemp("teachers") / "tiny-ddpm"
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_teacher(tiny_ddpm: Path) -> Teacher:
+    """The teacher of `tiny_ddpm`, loaded anew, since a run moves and freezes it."""
+    from bootcli.teachers.registry import load
+
+    return load(str(tiny_ddpm)).teacher
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of three updates on `tiny_ddpm`."""
+    from bootcli.pipelines.distill import distill, resolve_config
+
+    settings = {"teacher": str(tiny_ddpm), "steps": 3, "batch_size": 8, "device": "cpu", "preview_teacher_steps": 4}
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    for _ in distill(resolve_config(settings, {}, {}), run):
+        pass
+    return run
