@@ -28,10 +28,10 @@ _SCHEDULES = {schedule.__name__: schedule for schedule in (LinearPath, CosineVP,
 
 
 class MixtureNet(nn.Module):
-    """The exact denoiser as a network: its time embedding is the pair (alpha, sigma), its last layer the identity.
+    """The exact denoiser as a network that can be trained: its first and last layers start as the identity.
 
-    Every number of the data distribution is a parameter, so a copy can be trained; shifting the embedding makes it the
-    denoiser of another time, which is what a one-step student of a Gaussian needs.
+    The time embedding is the pair (alpha, sigma). Shifting it makes the network the denoiser of another time, which is
+    all that a one-step student of a Gaussian needs.
     """
 
     def __init__(self, means: Tensor, stds: Tensor, weights: Tensor, prediction: PredictionType) -> None:
@@ -41,7 +41,8 @@ class MixtureNet(nn.Module):
         self.means = nn.Parameter(means.clone())
         self.stds = nn.Parameter(stds.to(means))
         self.log_weights = nn.Parameter(weights.to(means).log())
-        self.embedding = nn.Identity()
+        self.embedding = nn.Linear(2, 2, dtype=means.dtype)
+        self.embedding.load_state_dict({"weight": torch.eye(2), "bias": torch.zeros(2)})
         self.output = nn.Conv2d(channels, channels, 1, dtype=means.dtype)
         self.output.load_state_dict({"weight": torch.eye(channels)[..., None, None], "bias": torch.zeros(channels)})
 
@@ -196,7 +197,8 @@ class GaussianTeacher(GaussianMixtureTeacher):
         z = (alpha_start * start + sigma_start * eps) / scale_start
         z_less_eps = (start - alpha_start * s2 / (scale_start + sigma_start) * eps) / scale_start  # over alpha_T
         ratio = torch.where(alpha > 0, alpha_start / alpha, 1.0)
-        return self.mean + alpha * s2 / (scale + sigma) * z + sigma * ratio * z_less_eps
+        widest = (scale + sigma).clamp(min=1e-300)  # 0 for a point at t = 0
+        return self.mean + alpha * s2 / widest * z + sigma * ratio * z_less_eps
 
 
 def build(config: Mapping[str, Any]) -> GaussianMixtureTeacher:

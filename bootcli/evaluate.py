@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ import torch
 from cleanfid import downloads_helper, fid
 from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
-from PIL import Image
 from platformdirs import user_cache_path
 from torch import Tensor, nn
 
@@ -43,11 +43,12 @@ Array = npt.NDArray[np.float64]
 
 INCEPTION = ("inception-clean", "inception-legacy")
 FORMS = (
-    f"A reference is a folder of images or a .safetensors file, in the teacher's own features; or, with "
-    f"{' or '.join(f'{name}:' for name in INCEPTION)} before it, a folder or .npz file (mu, sigma) in Inception's."
+    "PATH, a folder of images or a .safetensors file of statistics, is read in the teacher's own features; "
+    f"{' or '.join(f'{name}:PATH' for name in INCEPTION)}, which may be an .npz file (mu, sigma) too, in Inception's."
 )
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pgm", ".ppm", ".tif", ".tiff"})
 FOLDER_BATCH = 250
+_BROKEN_NPZ = (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class _Linalg:
@@ -61,8 +62,7 @@ class _Linalg:
         clean-fid compares to an absolute bound and so refuses for features of large scale: they are dropped here when
         small beside the root itself.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", getattr(scipy.linalg, "LinAlgWarning", RuntimeWarning))
+        with warnings.catch_warnings(action="ignore", category=scipy.linalg.LinAlgWarning):
             root = scipy.linalg.sqrtm(matrix)
         if np.iscomplexobj(root) and np.abs(root.imag).max() <= 1e-3 * np.abs(root.real).max():
             root = root.real
@@ -87,11 +87,6 @@ class Statistics:
     mean: Array
     cov: Array
     num_images: int | None
-
-    @property
-    def is_singular(self) -> bool:
-        """Whether there were too few images for a covariance of full rank."""
-        return self.num_images is not None and self.num_images <= len(self.mean)
 
 
 @dataclass(frozen=True)
@@ -125,14 +120,15 @@ class Inception(nn.Module):
         path = inception_file()
         legacy = feature_space == "inception-legacy"
         try:
-            self.network = InceptionV3W(str(path.parent), download=False, resize_inside=legacy).eval()
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch.jit is on its way out
+                self.network = InceptionV3W(str(path.parent), download=False, resize_inside=legacy).eval()
         except (RuntimeError, AttributeError) as error:
             raise BootError(f"{path} is damaged.", "Delete it, so that it is fetched again.") from error
         self.resize = build_resizer("legacy_tensorflow" if legacy else "clean")
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (b, 2048) of float images (b, 1 or 3, h, w) in [0, 255]; grey ones count as equal r, g and b."""
-        chunks = images.expand(-1, 3, -1, -1).split(50)  # 50 images at 299x299 are 54 MB
+        chunks = torch.split(images.expand(-1, 3, -1, -1), 50)  # 50 images at 299x299 are 54 MB
         return torch.cat([self.network(self._resized(chunk)) for chunk in chunks])
 
     def _resized(self, images: Tensor) -> Tensor:
@@ -151,7 +147,7 @@ def inception_file() -> Path:
         try:
             with atomic_folder(path.parent) as folder:
                 downloads_helper.check_download_inception(str(folder))
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             raise BootError(
                 f"Inception's weights are not in {path} and cannot be fetched: {error}.",
                 f"Without a network, put the file of {downloads_helper.inception_url} there.",
@@ -172,7 +168,7 @@ def statistics_of(batches: Iterable[Tensor], network: nn.Module, device: torch.d
     rows = [fid.get_batch_features(batch.float(), network, device) for batch in batches]
     features = np.concatenate(rows).astype(np.float64)
     if not np.isfinite(features).all():
-        raise BootError("The feature network returned values that are not finite.", "Look at the images: bootcli sample")
+        raise BootError("The feature network returned values that are not finite.", "Look at some of the images.")
     return Statistics(features.mean(0), np.atleast_2d(np.cov(features, rowvar=False)), len(features))
 
 
@@ -199,24 +195,27 @@ def folder_images(folder: Path, shape: torch.Size | None = None) -> Iterator[Ten
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
     if len(files) < 2:
         raise BootError(f"{folder} holds {len(files)} images; statistics need more.", "Name a folder of image files.")
-    images = (_read_image(path, shape) for path in files)
+    dataset = fid.ResizeDataset(files, mode="legacy_tensorflow")  # the mode that leaves the size alone
+    images = (_read_image(dataset, i, shape) for i in range(len(files)))
     for _, same_size in itertools.groupby(images, key=lambda image: image.shape):
         while batch := list(itertools.islice(same_size, FOLDER_BATCH)):
             yield torch.stack(batch)
 
 
-def _read_image(path: Path, shape: torch.Size | None) -> Tensor:
-    grey = shape is not None and shape[0] == 1
+def _read_image(dataset: Any, i: int, shape: torch.Size | None) -> Tensor:
+    path = dataset.files[i]
     try:
-        with Image.open(path) as image:
-            array = np.array(image.convert("L" if grey else "RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        image: Tensor = dataset[i].round().to(torch.uint8)
+    except Exception as error:  # decoders raise whatever they like
         raise BootError(f"{path} cannot be read as an image: {error}.", "Replace or remove it.") from error
-    pixels = torch.from_numpy(array).reshape(*array.shape[:2], -1).permute(2, 0, 1)
-    if shape is not None and pixels.shape != shape:
-        size, wanted = (f"{s[2]}x{s[1]}" for s in (pixels.shape, shape))
+    if shape is None:
+        return image
+    if image.shape[1:] != shape[1:]:
+        size, wanted = (f"{s[2]}x{s[1]}" for s in (image.shape, shape))
         raise BootError(f"{path} is {size}, the teacher's images are {wanted}.", "Resize the reference images first.")
-    return pixels
+    if shape[0] == 1 and not (image == image[:1]).all():
+        raise BootError(f"{path} is in colour, the teacher's images are grey.", "Convert the reference images first.")
+    return image[: shape[0]]
 
 
 def reference_for(teacher: Teacher, reference: str | None, device: torch.device) -> Reference:
@@ -236,21 +235,19 @@ def reference_for(teacher: Teacher, reference: str | None, device: torch.device)
         statistics = Statistics(own.mean.double().cpu().numpy(), own.cov.double().cpu().numpy(), own.num_images)
         return Reference(own.name, own.network.eval().to(device), statistics, own.source, own.floor)
     prefix, _, rest = reference.partition(":")
-    space, path = (prefix, Path(rest)) if prefix in INCEPTION else (own.name if own else None, Path(reference))
-    path = path.expanduser()
+    inception = prefix in INCEPTION
+    path = Path(rest if inception else reference).expanduser()
     if not path.exists():
         raise UsageError(f"--reference {reference}: {path} does not exist.", FORMS)
-    if path.suffix == ".safetensors":
-        return _from_stored(teacher, path, prefix if prefix in INCEPTION else None, device)
-    if space is None:
+    if own is None and not inception:
         raise UsageError(f"--reference {reference}: this teacher has no feature network of its own.", FORMS)
-    if path.is_dir():
-        network = _network(teacher, space, device)
-        shape = None if space in INCEPTION else _image_shape(teacher, device)
-        return Reference(space, network, statistics_of(folder_images(path, shape), network, device), str(path))
-    if path.suffix == ".npz" and space in INCEPTION:
-        return Reference(space, _network(teacher, space, device), _read_npz(path), str(path))
-    raise UsageError(f"--reference {reference}: not a form that is known.", FORMS)
+    space, dimensions = (prefix, 2048) if inception or own is None else (own.name, len(own.mean))
+    known = None if path.is_dir() else _read_statistics(path, space, dimensions)  # before a large network is loaded
+    network = (Inception(space) if inception or own is None else own.network).eval().to(device)
+    if known is None:
+        images = folder_images(path, None if inception else _image_shape(teacher, device))
+        known = statistics_of(images, network, device)
+    return Reference(space, network, known, str(path))
 
 
 def write_reference(path: Path, reference: Reference) -> None:
@@ -261,43 +258,39 @@ def write_reference(path: Path, reference: Reference) -> None:
     write_tensors(path, tensors, facts)
 
 
-def _from_stored(teacher: Teacher, path: Path, asked: str | None, device: torch.device) -> Reference:
-    tensors, facts = read_tensors(path)
-    space, count, source = facts.get("feature_space"), facts.get("num_images"), facts.get("source")
-    if not isinstance(space, str) or not isinstance(count, int | None) or not {"mean", "cov"} <= tensors.keys():
-        raise BootError(f"{path} holds no reference statistics.", FORMS)
-    own = teacher.feature_space()
-    usable = {asked} if asked else {*INCEPTION, *([own.name] if own else [])}
-    if space not in usable:
-        raise BootError(
-            f"{path} holds {space} features, which cannot be compared with {' or '.join(sorted(usable))}.",
-            "Make the statistics again, in the feature space of this evaluation.",
-        )
-    dimensions = len(own.mean) if own and own.name == space else 2048
-    statistics = _checked(tensors["mean"].numpy(), tensors["cov"].numpy(), count, dimensions, path)
-    return Reference(space, _network(teacher, space, device), statistics, f"{source} ({path})")
-
-
-def _read_npz(path: Path) -> Statistics:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return _checked(file["mu"], file["sigma"], None, 2048, path)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise BootError(f"{path} is not a file of statistics (mu, sigma): {error}.", "Get a fresh copy.") from error
-
-
-def _checked(mean: Any, cov: Any, count: int | None, dimensions: int, path: Path) -> Statistics:
+def _read_statistics(path: Path, space: str, dimensions: int) -> Statistics:
+    """A .safetensors file of `write_reference`, or an .npz file of clean-fid's kind; neither can run code."""
+    if path.suffix == ".npz" and space in INCEPTION:
+        mean, cov, count = *_read_npz(path), None
+    elif path.suffix == ".safetensors":
+        mean, cov, count = _read_stored(path, space)
+    else:
+        raise UsageError(f"--reference {path}: not a reference in {space} features.", FORMS)
     if mean.shape != (dimensions,) or cov.shape != (dimensions, dimensions):
         raise BootError(f"{path}: the statistics have shapes {mean.shape} and {cov.shape}, not d = {dimensions}.")
-    mean, cov = mean.astype(np.float64), cov.astype(np.float64)
     if not (np.isfinite(mean).all() and np.isfinite(cov).all() and np.allclose(cov, cov.T)):
         raise BootError(f"{path}: the covariance is not finite and symmetric.", "Get a fresh copy.")
     return Statistics(mean, cov, count)
 
 
-def _network(teacher: Teacher, space: str, device: torch.device) -> nn.Module:
-    own = teacher.feature_space()
-    return (own.network if own and own.name == space else Inception(space)).eval().to(device)
+def _read_stored(path: Path, space: str) -> tuple[Array, Array, int | None]:
+    tensors, facts = read_tensors(path)
+    if facts.get("feature_space") != space:
+        raise BootError(f"{path} holds {facts.get('feature_space')} features, not {space} features.", FORMS)
+    count = facts.get("num_images")
+    try:
+        mean, cov = (tensors[name].double().numpy() for name in ("mean", "cov"))
+    except KeyError as error:
+        raise BootError(f"{path} holds no {error}.", "Make the statistics again.") from error
+    return mean, cov, count if isinstance(count, int) else None
+
+
+def _read_npz(path: Path) -> tuple[Array, Array]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+    except (*_BROKEN_NPZ, MemoryError) as error:  # memory: a header may claim any size
+        raise BootError(f"{path} is not a file of statistics (mu, sigma): {error}.", "Get a fresh copy.") from error
 
 
 def _image_shape(teacher: Teacher, device: torch.device) -> torch.Size:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from bootcli.store.files import atomic_file
@@ -40,7 +42,10 @@ def enlarge(image: Tensor, factor: int) -> Tensor:
     return image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
 
 
-def save_png(image: Tensor, path: Path) -> None:
-    """Write one uint8 image (c, h, w), atomically."""
+def save_png(image: Tensor, path: Path, text: Mapping[str, str] | None = None) -> None:
+    """Write one uint8 image (c, h, w), atomically, with ``text`` as its metadata."""
+    chunks = PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_text(key, value)
     with atomic_file(path) as temporary:
-        to_pil(image).save(temporary, format="PNG")
+        to_pil(image).save(temporary, format="PNG", pnginfo=chunks)

@@ -6,11 +6,13 @@ Image i depends on its own seed alone, whatever the batch size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bootcli.engine import Engine
+from bootcli.errors import UsageError
 from bootcli.images import to_uint8
 from bootcli.maths.broadcast import like
 from bootcli.maths.sampling import ddim
@@ -48,12 +50,18 @@ def student_images(
 def teacher_images(
     view: TeacherView, steps: int, cond_of: CondOf, seeds: Sequence[int], batch_size: int, engine: Engine
 ) -> Iterator[Tensor]:
-    """Samples of the reference sampler (DDIM, eta 0, trailing) as uint8 batches (b, c, H, W) on the CPU."""
+    """Samples of the reference sampler (DDIM, eta 0, trailing) as uint8 batches (b, c, H, W) on the CPU.
+
+    Raises `UsageError` for more steps than the teacher has timesteps.
+    """
+    times = view.schedule.grid(steps)
+    if not (times.diff() < 0).all():
+        raise UsageError(f"The teacher has no {steps} timesteps to step through.", "Take fewer teacher steps.")
     for batch in _batches(seeds, batch_size):
         x = prior_noise(batch, view.teacher.spec.sample_shape).to(engine.device)
         cond = cond_of(batch).to(engine.device)
         with engine.autocast():
-            z = _last(ddim(lambda x, t, c=cond: view.x0(x, t, c), view.schedule, x, view.schedule.grid(steps)))
+            z = _last(ddim(partial(view.x0, cond=cond), view.schedule, x, times))
         yield to_uint8(view.teacher.decode(z)).cpu()
 
 

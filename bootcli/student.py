@@ -29,10 +29,11 @@ class TimeBranch(nn.Module):
     Args:
         width: of the embedding it is added to.
         t_min: where the branch is exactly 0, whatever its weights.
-        frequencies: number of sine and cosine pairs, geometric from 1 to 1000 radians.
+        frequencies: number of sine and cosine pairs, geometric from 1 to 32 radians. The signal is smooth in t; much
+            higher frequencies would leave t_min, where samples are drawn, unlike the times trained beside it.
     """
 
-    def __init__(self, width: int, t_min: float, frequencies: int = 32) -> None:
+    def __init__(self, width: int, t_min: float, frequencies: int = 16) -> None:
         super().__init__()
         self.t_min = t_min
         self.frequencies = frequencies
@@ -44,8 +45,8 @@ class TimeBranch(nn.Module):
         """The offset for times (b,), float64 CPU: shape (b, width), on the device of the weights."""
         weight = self.out.weight
         times = torch.cat([t, t.new_tensor([self.t_min])])
-        ladder = torch.logspace(0, 3, self.frequencies, dtype=torch.float64)
-        angles = times[:, None] * ladder  # float64 on the CPU: t * 1000 radians loses digits in float32
+        ladder = torch.logspace(0, 5, self.frequencies, base=2, dtype=torch.float64)
+        angles = times[:, None] * ladder
         features = torch.cat([angles.sin(), angles.cos()], dim=1).to(weight.device, weight.dtype)
         hidden = self.hidden(features)
         # The difference is taken before the last layer, so that it is exactly 0 at t_min in any precision.

@@ -18,7 +18,7 @@ from bootcli.closed_form import GaussianMixtureTeacher, GaussianTeacher
 from bootcli.errors import UsageError
 from bootcli.maths.prediction import PredictionType
 from bootcli.teachers.family import TeacherFamily
-from bootcli.teachers.protocol import Conditioning, Head, Teacher
+from bootcli.teachers.protocol import Conditioning, Exporter, Head, Teacher
 from bootcli.testing_network import NETWORK_CLAUSES, Clause, ConformanceError, Probe, finite, need
 
 __all__ = ["ConformanceError", "GaussianMixtureTeacher", "GaussianTeacher", "check_teacher"]
@@ -129,11 +129,17 @@ def lora_targets_exist(probe: Probe) -> None:
 
 
 def description_is_text(probe: Probe) -> None:
-    """describe() maps text to text, and export_formats() names to writers."""
+    """describe() maps text to text."""
     for key, value in probe.teacher.describe().items():
         need(isinstance(key, str) and isinstance(value, str), f"describe() has {key!r}: {value!r}, which is not text.")
-    for name, writer in probe.teacher.export_formats().items():
-        need(callable(writer), f"the writer of export format {name!r} cannot be called.")
+
+
+def exporters_are_complete(probe: Probe) -> None:
+    """Every export format has a writer and a script that checks what was written."""
+    for name, exporter in probe.teacher.export_formats().items():
+        need(isinstance(exporter, Exporter), f"export format {name!r} is not an Exporter.")
+        need(callable(exporter.write), f"the writer of export format {name!r} cannot be called.")
+        need(exporter.check.is_file(), f"the check of export format {name!r} is no file: {exporter.check}.")
 
 
 def feature_space_fits(probe: Probe) -> None:
@@ -184,13 +190,13 @@ def build_remakes_the_teacher(probe: Probe) -> None:
     need(torch.equal(remade, probe.predict(0.5)), "the rebuilt network predicts something else with the same weights.")
 
 
-SPEC_CLAUSES: tuple[Clause, ...] = (spec_is_sane, schedule_runs_from_data_to_noise)
+SPEC_CLAUSES: tuple[Clause, ...] = (spec_is_sane, schedule_runs_from_data_to_noise, conditions_are_checked)
 DESCRIPTION_CLAUSES: tuple[Clause, ...] = (
-    conditions_are_checked,
     decode_gives_images,
     recipe_is_valid,
     lora_targets_exist,
     description_is_text,
+    exporters_are_complete,
     feature_space_fits,
 )
 FAMILY_CLAUSES: tuple[Clause, ...] = (family_refuses_junk, build_remakes_the_teacher)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -117,13 +116,14 @@ def main() -> None:
         "architecture": ARCHITECTURE,
         "parameters": sum(p.numel() for p in network.parameters()),
         "test_accuracy": accuracy(network, test_images, test_labels),
+        "source": f"the {len(images):,} training images of Fashion-MNIST at 16x16",
         "reference_images": len(images),
         "floor": floor,  # distance of the first n test images to the reference
         "sha256": sha256(args.output / WEIGHTS),
     }
     scratch = args.output / f".{CONFIG}"
     scratch.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(scratch, args.output / CONFIG)
+    scratch.replace(args.output / CONFIG)
     for name in (CONFIG, WEIGHTS, REFERENCE):
         (args.output / name).chmod(0o644)  # safetensors writes 0600
     print(json.dumps(config, indent=2))

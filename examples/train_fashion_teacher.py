@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -161,7 +160,7 @@ def export(ema: UNet2DModel, scheduler: DDPMScheduler, output: Path) -> None:
                 target = output / file.relative_to(scratch)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 file.chmod(0o644)  # safetensors writes 0600
-                os.replace(file, target)
+                file.replace(target)
     finally:
         shutil.rmtree(scratch)
 
@@ -170,7 +169,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint atomically: a crash leaves either the old file or the new one."""
     scratch = path.with_suffix(".tmp")
     torch.save(state, scratch)
-    os.replace(scratch, path)
+    scratch.replace(path)
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny DDPM folder, the teacher in it, and a run distilled from it."""
+"""Shared fixtures: tiny DDPM folders, the teacher in one, and runs distilled from them."""
 
 from __future__ import annotations
 
@@ -56,3 +56,22 @@ def tiny_run(tiny_ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for _ in distill(resolve_config(settings, {}, {}), run):
         pass
     return run
+
+
+@pytest.fixture(scope="session")
+def class_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two updates on a tiny class-conditional teacher with classes 0 to 3, of which it has 1 and 3."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    from bootcli.pipelines.distill import distill, resolve_config
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, num_class_embeds=4, **blocks
+    )
+    root = tmp_path_factory.mktemp("classes")
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(root / "teacher")
+    settings = {"teacher": str(root / "teacher"), "steps": 2, "batch_size": 4, "device": "cpu", "classes": (1, 3)}
+    list(distill(resolve_config({**settings, "preview_teacher_steps": 2}, {}, {}), root / "run"))
+    return root / "run"

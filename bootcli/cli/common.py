@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -13,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from bootcli.errors import BootError, UsageError
+from bootcli.errors import BootError, Interrupted, UsageError
 
 DEBUG = "BOOTCLI_DEBUG"
 DISK_FULL = "No space left on device"
@@ -26,7 +25,9 @@ def integers(text: str | None, flag: str) -> tuple[int, ...] | None:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise UsageError(f"{flag} {text}: expected whole numbers with commas between.", f"As in: {flag} 1,3,5") from error
+        raise UsageError(
+            f"{flag} {text}: expected whole numbers with commas between.", f"Like: {flag} 1,3,5"
+        ) from error
 
 
 def find_run(run: Path | None) -> Path:
@@ -41,8 +42,18 @@ def find_run(run: Path | None) -> Path:
     return run
 
 
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raise `UsageError` for a file, or a folder in use, before the pipeline looks closer and anything is loaded."""
+    if output.is_file():
+        raise UsageError(f"{output} is a file.", "Name a folder with --output.")
+    if not overwrite and output.is_dir() and any(output.iterdir()):
+        raise UsageError(f"The output folder {output} is not empty.", "Choose another --output, or use --overwrite.")
+
+
 def print_json(data: object) -> None:
     """One JSON document on stdout."""
+    import json
+
     typer.echo(json.dumps(_plain(data), indent=2, allow_nan=False))
 
 
@@ -59,6 +70,24 @@ def _plain(data: object) -> object:
     return str(data) if isinstance(data, Path) else data
 
 
+def to_toml(settings: Mapping[str, object], comments: Mapping[str, str]) -> str:
+    """Settings as a config file that `bootcli distill --config` reads; what is None is a comment."""
+    lines = [f"# {label}: {text}" for label, text in comments.items()]
+    groups = {name: group for name, group in settings.items() if isinstance(group, Mapping)}
+    lines += [_setting(name, value) for name, value in settings.items() if name not in groups]
+    for name, group in groups.items():
+        lines += ["", f"[{name}]", *(_setting(key, value) for key, value in group.items())]
+    return "\n".join(lines)
+
+
+def _setting(name: str, value: object) -> str:
+    import json
+
+    if value is None:
+        return f"# {name} ="
+    return f"{name} = {json.dumps(value, ensure_ascii=False)}"  # TOML writes these types as JSON does
+
+
 def debugging() -> bool:
     """Whether errors show where in the code they come from."""
     return os.environ.get(DEBUG, "0") != "0"
@@ -71,7 +100,8 @@ def fail(error: Exception) -> NoReturn:
 
         traceback.print_exception(error)
     report = _explain(error)
-    typer.secho("Error: ", fg=typer.colors.RED, bold=True, nl=False, err=True, color=_color())
+    if not isinstance(error, Interrupted):
+        typer.secho("Error: ", fg=typer.colors.RED, bold=True, nl=False, err=True, color=_color())
     typer.echo(report.message, err=True)
     if report.hint:
         typer.echo(report.hint, err=True)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bootcli.cli.common import find_run, integers, print_json
-from bootcli.cli.options import JsonOption, examples, recipe
-from bootcli.config import Device, DistillConfig, MixedPrecision
+from bootcli.cli.common import find_run, integers, print_json, to_toml
+from bootcli.cli.options import Device, JsonOption, MixedPrecision, examples, recipe
 from bootcli.errors import UsageError
 
 if TYPE_CHECKING:
     from bootcli.pipelines.distill import Estimate
-    from bootcli.pipelines.events import Event
+
+Layers = tuple[dict[str, object], dict[str, object], dict[str, object]]
+"""Flags, --set, config file."""
 
 EXAMPLES = examples(
     "bootcli distill",
@@ -29,7 +30,7 @@ TeacherOption = Annotated[
     typer.Option(
         metavar="NAME|FOLDER|HUB_ID",
         help="What to distil; see: bootcli teachers",
-        show_default=DistillConfig.teacher,
+        show_default="fashion",
         rich_help_panel=TEACHER,
     ),
 ]
@@ -48,26 +49,24 @@ GuidanceOption = Annotated[
     typer.Option(
         metavar="W",
         help="Guidance built into the student; 1 is none.",
-        show_default=recipe(DistillConfig.guidance_scale),
+        show_default=recipe(1.0),
         rich_help_panel=TEACHER,
     ),
 ]
 ObjectiveOption = Annotated[
     Literal["boot"] | None,
-    typer.Option(help="What to train on.", show_default=DistillConfig.objective, rich_help_panel=TRAINING),
+    typer.Option(help="What to train on.", show_default="boot", rich_help_panel=TRAINING),
 ]
 StepsOption = Annotated[
     int | None,
-    typer.Option(
-        metavar="N", help="Updates.", show_default=recipe(DistillConfig.steps), rich_help_panel=TRAINING
-    ),
+    typer.Option(metavar="N", help="Updates.", show_default=recipe(1000), rich_help_panel=TRAINING),
 ]
 BatchSizeOption = Annotated[
     int | None,
     typer.Option(
         metavar="N",
         help="Samples in an update.",
-        show_default=recipe(DistillConfig.batch_size),
+        show_default=recipe(64),
         rich_help_panel=TRAINING,
     ),
 ]
@@ -76,13 +75,13 @@ LearningRateOption = Annotated[
     typer.Option(
         metavar="X",
         help="Peak learning rate.",
-        show_default=recipe(DistillConfig.learning_rate),
+        show_default=recipe(0.001),
         rich_help_panel=TRAINING,
     ),
 ]
 SeedOption = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Seed.", show_default=str(DistillConfig.seed), rich_help_panel=TRAINING),
+    typer.Option(metavar="N", help="Seed.", show_default="0", rich_help_panel=TRAINING),
 ]
 InitFromOption = Annotated[
     str | None,
@@ -90,7 +89,7 @@ InitFromOption = Annotated[
 ]
 DeviceOption = Annotated[
     Device | None,
-    typer.Option(help="Where to compute.", show_default=DistillConfig.device, rich_help_panel=TRAINING),
+    typer.Option(help="Where to compute.", show_default="auto", rich_help_panel=TRAINING),
 ]
 PrecisionOption = Annotated[
     MixedPrecision | None,
@@ -117,7 +116,7 @@ PreviewOption = Annotated[
     typer.Option(
         metavar="N",
         help="Steps between pictures; 0: at the end only.",
-        show_default=recipe(DistillConfig.preview_every),
+        show_default=recipe(250),
         rich_help_panel=RUN,
     ),
 ]
@@ -126,7 +125,7 @@ CheckpointOption = Annotated[
     typer.Option(
         metavar="N",
         help="Steps between saved states; 0: at the end only.",
-        show_default=recipe(DistillConfig.checkpoint_every),
+        show_default=recipe(250),
         rich_help_panel=RUN,
     ),
 ]
@@ -176,8 +175,13 @@ def distill(
 ) -> None:
     """Train a one-step student from a teacher alone, with no images.
 
-    A setting comes from its flag, else --set, else the config file, else the teacher's recipe.
+    A setting comes from its flag, else --set, else the config file,
+    else the teacher's recipe, else bootcli's default.
     """
+    from bootcli.config import resolve
+    from bootcli.store.rundir import RunDir, default_run
+    from bootcli.teachers import registry
+
     layers = _layers(ctx.params, config, set_)
     settings = resolve(*layers)  # finds what is wrong before anything heavy is imported
     if resume:
@@ -196,6 +200,8 @@ def distill(
 
 def _layers(params: Mapping[str, object], file: Path | None, overrides: list[str] | None) -> Layers:
     """Flags that were given, --set, the config file."""
+    from bootcli.config import known_keys, read_file, read_overrides
+
     known = known_keys()
     flags = {name: value for name, value in params.items() if name in known and value is not None}
     if "classes" in flags:
@@ -228,15 +234,27 @@ def _train(layers: Layers, run: Path, *, resume: bool, overwrite: bool, as_json:
     from bootcli.pipelines.distill import distill, resolve_config, resume_config
 
     config = resume_config(run, *layers) if resume else resolve_config(*layers)
-    last: dict[type[Event], Event] = {}
+    last: dict[str, Any] = {}
     with ui.training() as show:
         for event in distill(config, run, resume=resume, overwrite=overwrite):
             show(event)
-            last[type(event)] = event
-    summary = _summary(last.values())
+            last[type(event).__name__] = event
+    summary = _summary(last)
     if as_json:
         print_json(summary)
-        return
-    name = shlex.quote(str(run))
-    ui.print_facts({**summary, "seconds": ui.duration(float(summary["seconds"])) 
-    typer.echo(f"Next:\n  bootcli sample {name}\n  bootcli evaluate {name}")
+    else:
+        name = quote(str(run))
+        summary["time"] = ui.duration(last["Finished"].seconds)
+        ui.print_facts({label.replace("_", " "): value for label, value in summary.items() if label != "seconds"})
+        ui.print_next(f"bootcli sample {name}", f"bootcli evaluate {name}")
+
+
+def _summary(last: Mapping[str, Any]) -> dict[str, object]:
+    """The result of a run, from its last event of each kind."""
+    finished = last["Finished"]
+    result = {"run": finished.run, "student": finished.student, "steps": finished.steps, "seconds": finished.seconds}
+    if "Previewed" in last:
+        result |= {"preview": last["Previewed"].path, "paired_error": last["Previewed"].paired_error}
+    if "Stepped" in last:  # not where a finished run is resumed
+        result |= {"loss": last["Stepped"].report.loss, "residual": last["Stepped"].report.residual}
+    return result

@@ -1,13 +1,16 @@
-"""Options that several commands share, and the wording they have in common."""
+"""Options that several commands share, and the wording they have in common.
+
+Choices and defaults of `bootcli.config` are repeated here and in `bootcli.cli.distill`, and a test compares them:
+importing the configuration would be the larger part of the time that help takes beside Typer.
+"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from bootcli.config import Device
-
-RUN_PANEL = "Run"
+Device = Literal["auto", "cpu", "cuda", "mps"]
+MixedPrecision = Literal["no", "bf16", "fp16"]
 
 
 def examples(*commands: str) -> str:
@@ -17,7 +20,7 @@ def examples(*commands: str) -> str:
 
 def recipe(default: object) -> str:
     """How help shows the default of a setting that a teacher's recipe may change."""
-    return f"teacher's recipe, or {default}"
+    return f"recipe or {default}"
 
 
 RunArgument = Annotated[
@@ -27,5 +30,7 @@ RunArgument = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
-BatchSizeOption = Annotated[int, typer.Option(min=1, help="Images at a time; changes the speed, never an image.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of image 0; image i has seed + i.")]
+BatchSizeOption = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Images at a time: changes the speed, never an image.")
+]
+SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of image 0; image i has seed + i.")]

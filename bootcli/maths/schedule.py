@@ -123,7 +123,8 @@ class DiscreteVP(Schedule):
     def grid(self, steps: int) -> Tensor:
         """Trailing spacing on table entries: ``round(arange(N, 0, -N / steps)) / N``, then 0 (Lin et al. 2024)."""
         n = self.num_timesteps
-        entries = torch.arange(steps, 0, -1, dtype=torch.float64) * (n / steps)
+        stride = (n - n / steps) - n  # rounded as numpy's arange rounds it, so that ties fall as in diffusers
+        entries = n + torch.arange(steps, dtype=torch.float64) * stride
         return torch.cat([entries.round() / n, torch.zeros(1, dtype=torch.float64)])
 
 

@@ -36,9 +36,7 @@ def resolve_config(
     """The configuration of a new run: flags, then ``--set``, then the config file, then the teacher's recipe."""
     name = resolve(flags, overrides, file).teacher
     recipe = load(name).teacher.recipe()
-    # A folder is stored as an absolute path, so that the run can be used from anywhere.
-    place = {"teacher": str(Path(name).resolve())} if Path(name).exists() else {}
-    return resolve(place, flags, overrides, file, recipe)
+    return _whole_paths(resolve(flags, overrides, file, recipe))
 
 
 def resume_config(
@@ -49,7 +47,7 @@ def resume_config(
     Raises `UsageError` for any other change.
     """
     stored = RunDir(run).config()
-    changed = resolve(flags, overrides, file, dict(flatten(to_dict(stored))))
+    changed = _whole_paths(resolve(flags, overrides, file, dict(flatten(to_dict(stored)))))
     refused = {
         key: values
         for key, values in differences(stored, changed).items()
@@ -62,6 +60,13 @@ def resume_config(
             "Only a longer --steps and logging may change; start a new run for the rest.",
         )
     return changed
+
+
+def _whole_paths(config: DistillConfig) -> DistillConfig:
+    """Paths are stored whole, so that the run can be used from anywhere."""
+    paths = {key: getattr(config, key) for key in ("teacher", "prompts", "init_from")}
+    whole = {key: str(Path(path).resolve()) for key, path in paths.items() if path and Path(path).exists()}
+    return dataclasses.replace(config, **whole)
 
 
 def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Event]:

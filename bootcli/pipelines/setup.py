@@ -14,7 +14,7 @@ from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.maths.broadcast import like
 from bootcli.objectives.boot import Boot
-from bootcli.sampler import prior_noise
+from bootcli.sampler import CondOf, prior_noise
 from bootcli.store.artifact import load_student
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond, Teacher
@@ -67,6 +67,28 @@ def condition_pool(teacher: Teacher, config: DistillConfig) -> Cond:
     if kind == "text":
         return teacher.condition(read_prompts(config.prompts))
     return Cond()
+
+
+def condition_of(
+    teacher: Teacher, config: DistillConfig, class_label: int | None = None, prompt: str | None = None
+) -> CondOf:
+    """The conditions of images by their seeds: the one that is asked for, or all of the run in turn.
+
+    Raises `UsageError` for a request that the teacher cannot honour, or a class that the run left out.
+    """
+    pool = condition_pool(teacher, config)
+    if class_label is not None:
+        if teacher.spec.conditioning != "class":
+            raise UsageError(f"--class: the teacher {config.teacher} has no classes.", "Leave it out.")
+        if config.classes is not None and class_label not in config.classes:
+            raise UsageError(f"--class {class_label} was not distilled.", f"This run has: {list(config.classes)}")
+        pool = teacher.condition([class_label])
+    if prompt is not None:
+        if teacher.spec.conditioning != "text":
+            raise UsageError(f"--prompt: the teacher {config.teacher} takes no prompts.", "Leave it out.")
+        pool = teacher.condition([prompt])
+    size = next((len(tensor) for tensor in pool.tensors.values()), 1)
+    return lambda seeds: pool.rows(torch.tensor(list(seeds)) % size)
 
 
 def read_prompts(path: str | None) -> list[str]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
 from bootcli import __version__
 from bootcli.config import DistillConfig, from_dict, to_dict
-from bootcli.errors import BootError
+from bootcli.errors import BootError, UsageError
 from bootcli.store.rundir import RunDir
 from bootcli.store.tensors import read_tensors, write_tensors
 from bootcli.student import Student
@@ -32,14 +32,22 @@ class Artifact:
     Args:
         student: EMA weights, eval mode, on the CPU.
         config: of the run that made it.
+        family: name of the teacher's family.
         step: updates it was trained for.
         path: the file.
     """
 
     student: Student
     config: DistillConfig
+    family: str
     step: int
     path: Path
+
+    @property
+    def home(self) -> Path:
+        """Where things made from it go: its run folder, or the folder of a file that lies outside a run."""
+        run = self.path.parent.parent
+        return run if RunDir(run).student == self.path else self.path.parent
 
 
 def save_student(
@@ -91,10 +99,15 @@ def load_student(run: Path) -> Artifact:
     try:
         family = family_named(str(header["family"]))
         teacher = family.build(cast(Mapping[str, object], header["teacher"]))
+        if header["head"] not in get_args(Head):
+            raise ValueError(f"unknown head {header['head']!r}")
         student = Student(teacher, cast(Head, header["head"]), float(cast(float, header["t_min"])))
         student.load_state_dict(tensors)
         config = from_dict(cast(Mapping[str, object], header["config"]))
         step = int(cast(int, header["step"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except UsageError as error:  # the file is at fault, not the command line
+        raise BootError(f"{path}: {error.message}", error.hint) from error
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BootError(f"{path} does not describe a student: {error}.", "Make it again.") from error
-    return Artifact(student.eval().requires_grad_(False).to(torch.device("cpu")), config, step, path)
+    student = student.eval().requires_grad_(False).to(torch.device("cpu"))
+    return Artifact(student, config, family.name, step, path)

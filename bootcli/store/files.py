@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict[str, object]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BootError(f"Cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BootError(f"{path} is not valid JSON: {error}.", "The file is damaged; use a fresh copy.") from error
     if not isinstance(value, dict):
         raise BootError(f"{path} is not a JSON object.", "The file is damaged; start from a fresh copy.")

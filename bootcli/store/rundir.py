@@ -5,6 +5,7 @@ log.jsonl     one line per logged step
 previews/     PNG grids: the teacher's many-step samples above the student's, from the same noise
 checkpoints/  complete states, newest last
 student/      the student artifact, one safetensors file
+samples/, evaluations/, export/: what the other commands make of it
 """
 
 from __future__ import annotations
@@ -54,6 +55,21 @@ class RunDir:
         """The student artifact."""
         return self.path / "student" / "student.safetensors"
 
+    @property
+    def samples(self) -> Path:
+        """Images that `bootcli sample` drew."""
+        return self.path / "samples"
+
+    @property
+    def evaluations(self) -> Path:
+        """Scores that `bootcli evaluate` measured."""
+        return self.path / "evaluations"
+
+    @property
+    def exports(self) -> Path:
+        """The student in the formats of other programs."""
+        return self.path / "export"
+
     def check_free(self, *, overwrite: bool) -> None:
         """Raise `UsageError` for a folder that is not empty, unless ``overwrite`` and it holds an earlier run."""
         if self.path.exists() and not self.path.is_dir():
@@ -78,7 +94,8 @@ class RunDir:
         write_json(self.config_file, to_dict(config))
 
     def _clear(self) -> None:
-        for folder in (self.previews, self.checkpoints, self.student.parent):
+        made = (self.previews, self.checkpoints, self.student.parent, self.samples, self.evaluations, self.exports)
+        for folder in made:
             shutil.rmtree(folder, ignore_errors=True)
         self.log_file.unlink(missing_ok=True)
 

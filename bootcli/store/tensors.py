@@ -30,8 +30,10 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = json.loads((file.metadata() or {})["bootcli"])
+            if not isinstance(header, dict):
+                raise ValueError("its header is not an object")
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a mapping)
     except KeyError as error:
         raise BootError(f"{path} was not written by bootcli.") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise BootError(f"{path} is damaged: {error}.", "Restore it from a copy, or make it again.") from error

@@ -83,8 +83,23 @@ class FeatureSpace:
     floor: float | None = None
 
 
-Exporter = Callable[["Teacher", nn.Module, Head, Path], None]
-"""(teacher, student network at t_min, head, empty folder) -> files. See `Teacher.export_formats`."""
+@dataclass(frozen=True)
+class Exporter:
+    """A format that other programs load: how to write it, and how those programs run it.
+
+    Args:
+        write: (teacher, student network at t_min, head, empty folder) -> files.
+        check: a Python script that loads the folder with the other program and takes one step. After every export
+            bootcli runs ``python SCRIPT FOLDER INPUTS OUTPUTS`` in a process where bootcli cannot be imported, and
+            compares. INPUTS is a safetensors file with ``noise`` (b, c, h, w), which is
+            ``torch.randn(shape, generator=torch.manual_seed(0))``, and the tensors of a `Cond`. The script writes
+            OUTPUTS, a safetensors file with ``sample`` (b, c, h, w): what the student makes of that noise, before
+            decoding and clamping; and, if the program has a whole pipeline, ``images`` (b, 1 or 3, H, W) in [-1, 1]
+            as that pipeline gives them with seed 0.
+    """
+
+    write: Callable[[Teacher, nn.Module, Head, Path], None]
+    check: Path
 
 
 class Teacher(ABC):
@@ -155,7 +170,7 @@ class Teacher(ABC):
         raise BootError("This teacher's network does not support gradient checkpointing.")
 
     def export_formats(self) -> Mapping[str, Exporter]:
-        """Formats other programs load, each with its writer."""
+        """Formats that other programs load, by name."""
         return {}
 
     def feature_space(self) -> FeatureSpace | None:

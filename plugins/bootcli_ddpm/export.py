@@ -56,7 +56,7 @@ More steps do not improve the images: the network expects pure noise, at the las
 
 
 def write_diffusers(teacher: Teacher, net: nn.Module, head: Head, folder: Path) -> None:
-    """Write unet/, scheduler/, model_index.json and a model card; an `Exporter`.
+    """Write unet/, scheduler/, model_index.json and a model card; see `Exporter.write`.
 
     The scheduler is the teacher's, set up so that its one step is the student's head: the last timestep, down to clean
     data, without clipping on the way (the pipeline clamps its images at the end, as bootcli does).

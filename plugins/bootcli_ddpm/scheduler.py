@@ -22,7 +22,7 @@ _CLASSES = frozenset(
         *("DPMSolverMultistep", "DPMSolverSinglestep"),
     )
 )
-_PREDICTIONS: dict[object, PredictionType] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+_PREDICTIONS: dict[str, PredictionType] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _DDIM_BETAS = frozenset({"linear", "scaled_linear", "squaredcos_cap_v2"})
 
 
@@ -62,10 +62,10 @@ def read_process(config: Mapping[str, Any]) -> Process:
     `DDIMPipeline` would give it: where a sampler knows no clip_sample, x_0 is clipped to [-1, 1]. Raises `BootError`
     for another class, unreadable values or an impossible combination.
     """
-    name = config.get("_class_name", "DDPMScheduler")
-    if name not in _CLASSES or not isinstance(name, str):
+    name = str(config.get("_class_name", "DDPMScheduler"))
+    if name not in _CLASSES:
         raise BootError(
-            f"The scheduler {name!r} is not one of DDPM's forward process.",
+            f"The scheduler {name} is not one of DDPM's forward process.",
             f"The ddpm family reads {', '.join(sorted(_CLASSES))}.",
         )
     kind = getattr(diffusers, name)
@@ -81,17 +81,17 @@ def read_process(config: Mapping[str, Any]) -> Process:
 
 def process_of(config: Mapping[str, Any]) -> Process:
     """The process of complete `DDIMScheduler` arguments, as stored in ``Process.config``."""
-    if config["prediction_type"] not in _PREDICTIONS:
+    prediction = _PREDICTIONS.get(str(config["prediction_type"]))
+    if prediction is None:
         raise BootError(
             f"The scheduler's prediction_type is {config['prediction_type']!r}.",
-            f"The ddpm family knows {', '.join(map(str, _PREDICTIONS))}.",
+            f"The ddpm family knows {', '.join(_PREDICTIONS)}.",
         )
     try:
         alphas_cumprod = DDIMScheduler(**config).alphas_cumprod
         threshold = _threshold(config)
     except Exception as error:  # as above
         raise _broken(error) from None
-    prediction = _PREDICTIONS[config["prediction_type"]]
     _check_table(alphas_cumprod, config, prediction)
     return Process(dict(config), DiscreteVP(tuple(alphas_cumprod.tolist())), prediction, threshold)
 

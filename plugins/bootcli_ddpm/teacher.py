@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from bootcli.plugin import (
     UsageError,
 )
 from bootcli_ddpm.layout import read_layout
+from bootcli_ddpm.network import make_network, make_spec, try_out
 from bootcli_ddpm.scheduler import Process, init_arguments, process_of, read_process
 from bootcli_ddpm.weights import fit_weights, read_weights
 
@@ -46,11 +46,14 @@ class DDPMTeacher(Teacher):
     def __init__(
         self, unet: Mapping[str, Any], process: Process, card: Mapping[str, str], folder: Path | None = None
     ) -> None:
-        net = _network(unet)
-        self.net = net
+        with torch.device("meta"):  # a sketch without memory: a wrong configuration is found before weights are made
+            sketch = make_network(unet)
+            self.spec = make_spec(sketch.config, process)
+            try_out(sketch, self.spec)
+        net = make_network(unet)
+        self.net = net.eval()
         self.process = process
         self.card = dict(card)
-        self.spec = _spec(net.config, process)
         self._arguments = init_arguments(UNet2DModel, net.config)
         self._width = int(net.time_embedding.linear_2.out_features)
         self._folder = folder
@@ -60,8 +63,6 @@ class DDPMTeacher(Teacher):
         parameter = next(net.parameters())
         # A float tensor: UNet2DModel truncates a Python float to a whole timestep.
         timestep = self.process.table.timestep(t).float().to(parameter.device)
-        if self._arguments["time_embedding_type"] == "learned":
-            timestep = timestep.round().long()  # an embedding table has whole timesteps only
         labels = cond.tensors.get("labels")
         output: Tensor = net(x_t.to(parameter.dtype), timestep, class_labels=labels, return_dict=False)[0]
         return output
@@ -114,7 +115,7 @@ class DDPMTeacher(Teacher):
         """``diffusers``: a `DDIMPipeline` folder that samples in one step."""
         from bootcli_ddpm.export import write_diffusers
 
-        return {"diffusers": write_diffusers}
+        return {"diffusers": Exporter(write_diffusers, Path(__file__).with_name("check_diffusers.py"))}
 
     def feature_space(self) -> FeatureSpace | None:
         """The classifier in the teacher's ``features`` folder, if it has one; see `Teacher.feature_space`."""
@@ -149,9 +150,8 @@ def load(path: Path) -> DDPMTeacher:
     process = read_process(layout.scheduler)
     unet = init_arguments(UNet2DModel, layout.network)
     tensors = read_weights(layout.unet)
-    defaults = inspect.signature(UNet2DModel).parameters
-    inputs, outputs = (unet.get(name, defaults[name].default) for name in ("in_channels", "out_channels"))
-    if outputs == 2 * inputs:
+    inputs, outputs = unet.get("in_channels", 3), unet.get("out_channels", 3)  # diffusers' defaults
+    if isinstance(inputs, int) and outputs == 2 * inputs:
         # The second half is a learned variance, which DDIM never reads. Cut off, the network is a plain one that
         # students, exports and diffusers' own pipelines understand.
         unet["out_channels"] = inputs
@@ -172,59 +172,6 @@ def build(config: Mapping[str, Any]) -> DDPMTeacher:
             "The file was edited, or written by another version of bootcli.",
         ) from None
     return DDPMTeacher(unet, process, card)
-
-
-def _network(unet: Mapping[str, Any]) -> Any:
-    try:
-        return UNet2DModel(**unet).eval()
-    except Exception as error:  # values of any kind come from the file, and diffusers checks few of them
-        raise BootError(
-            f"The network's configuration is not valid ({type(error).__name__}: {error}).",
-            "Correct config.json, or save the model again with diffusers.",
-        ) from None
-
-
-def _spec(config: Any, process: Process) -> TeacherSpec:
-    """Raises `BootError` for a `UNet2DModel` that is not a model of images on its own."""
-    size = [config.sample_size] * 2 if isinstance(config.sample_size, int) else list(config.sample_size or ())
-    if len(size) != 2:
-        raise BootError("The network's config.json has no sample_size.", "Add the height of its images, in pixels.")
-    if config.in_channels != config.out_channels:
-        raise BootError(
-            f"The network reads {config.in_channels} channels and predicts {config.out_channels}.",
-            "It is not an image model on its own (super-resolution or inpainting, perhaps).",
-        )
-    if config.time_embedding_type == "fourier":
-        raise BootError(
-            "The network has time_embedding_type 'fourier': it divides by its noise level and has no timesteps.",
-            "It belongs to a variance-exploding process (NCSN++), which the ddpm family does not run.",
-        )
-    classes = _num_classes(config)
-    return TeacherSpec(
-        sample_shape=(int(config.in_channels), int(size[0]), int(size[1])),
-        prediction=process.prediction,
-        schedule=process.table,
-        conditioning="class" if classes else "none",
-        num_classes=classes,
-        threshold=process.threshold,
-    )
-
-
-def _num_classes(config: Any) -> int:
-    kind, classes = config.class_embed_type, config.num_class_embeds
-    if kind is None:
-        return int(classes or 0)
-    if kind == "timestep" and classes is not None:
-        return int(classes)
-    if kind == "timestep":
-        raise BootError(
-            "The network takes classes (class_embed_type 'timestep'), but its config.json does not say how many.",
-            'Add "num_class_embeds": the number of classes; diffusers does not use it for this type.',
-        )
-    raise BootError(
-        f"The network has class_embed_type {kind!r}: it expects an embedding vector, not a class.",
-        "The ddpm family runs unconditional and class-conditional models.",
-    )
 
 
 def _card(path: Path) -> dict[str, str]:

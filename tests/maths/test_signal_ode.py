@@ -90,17 +90,17 @@ def test_sampler_yields_every_state_and_ends_at_x0() -> None:
 @every_schedule
 def test_order_of_convergence(schedule: Schedule, solver: Solver, order: int) -> None:
     """The slope of log error over log step is the order, on a stretch of the path where f is smooth."""
-    teacher, eps, y = two_clusters(schedule), noise(16, 1, 2, 2), noise(16, 1, 2, 2, seed=1) / 2
+    teacher, eps, y = two_clusters(schedule), noise(8, 1, 2, 2), noise(8, 1, 2, 2, seed=1) / 2
     counts = (16, 32, 64, 128)
 
     def end(steps: int, solver: Solver) -> Tensor:
         times = torch.linspace(0.7, 0.3, steps + 1, dtype=torch.float64)
         return solve(teacher.denoise, schedule, y, eps, times, solver)
 
-    reference = end(2048, "midpoint")
+    reference = end(1024, "midpoint")
     errors = [(end(steps, solver) - reference).square().mean().sqrt() for steps in counts]
     slope = linregress([-torch.tensor(n).log2() for n in counts], [error.log2() for error in errors]).slope
-    assert abs(slope - order) < 0.15
+    assert abs(slope - order) < 0.12
 
 
 @pytest.mark.parametrize("solver", ["euler", "midpoint", "heun"])
@@ -110,12 +110,12 @@ def test_gaussian_path_is_reached(schedule: Schedule, solver: Solver) -> None:
     start = schedule.largest_t(20.0)
     teacher = GaussianTeacher(torch.tensor([[[-0.5, 0.8]]], dtype=torch.float64), 0.4, schedule)
     eps, full = noise(4, 1, 1, 2), torch.full((4,), start, dtype=torch.float64)
-    times = torch.linspace(start, start / 10, 401, dtype=torch.float64)
+    times = torch.linspace(start, start / 10, 201, dtype=torch.float64)
     y = teacher.denoise(schedule(full).sigma.reshape(-1, 1, 1, 1) * eps, full)
     assert (y - teacher.exact_signal(eps, full, start)).abs().max() < 1e-14
     y = solve(teacher.denoise, schedule, y, eps, times, solver)
     exact = teacher.exact_signal(eps, full / 10, start)
-    assert (y - exact).abs().max() < (2e-2 if solver == "euler" else 1e-4)
+    assert (y - exact).abs().max() < (2e-2 if solver == "euler" else 5e-4)
 
 
 def test_gaussian_path_at_t_0_is_a_scaled_sample() -> None:

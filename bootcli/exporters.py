@@ -1,0 +1,141 @@
+"""Formats a student can be written in, and how what was written is run again.
+
+A family brings the formats that other programs load (`bootcli.teachers.protocol.Exporter`); those here know none.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bootcli import __version__
+from bootcli.errors import BootError
+from bootcli.store.artifact import Artifact
+from bootcli.store.tensors import read_tensors, write_tensors
+from bootcli.student import Student
+from bootcli.teachers.protocol import Cond, Exporter, Head
+from bootcli.teachers.registry import family_named
+
+NETWORK = "network.safetensors"
+
+# None in sys.modules makes "import bootcli" fail, so that the export provably runs where bootcli is not installed.
+_WITHOUT_BOOTCLI = """\
+import runpy, sys
+sys.modules["bootcli"] = None
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format.
+
+    Args:
+        write: (artifact, empty folder) -> files.
+        run: (folder, inputs) -> outputs of one step; the tensors of `Exporter.check`.
+        check: what ``run`` does, for people.
+    """
+
+    write: Callable[[Artifact, Path], None]
+    run: Callable[[Path, Tensors], Tensors]
+    check: str
+
+
+def formats_of(artifact: Artifact) -> dict[str, Format]:
+    """Every format this student can be written in, by name."""
+    general = {"safetensors": Format(write_network, run_network, "loaded back by bootcli")}
+    return general | {name: _of_family(one) for name, one in artifact.student.teacher.export_formats().items()}
+
+
+def _of_family(exporter: Exporter) -> Format:
+    def write(artifact: Artifact, folder: Path) -> None:
+        student = artifact.student
+        exporter.write(student.teacher, student.net, student.head, folder)
+
+    def run(folder: Path, inputs: Tensors) -> Tensors:
+        return run_script(exporter.check, folder, inputs)
+
+    return Format(write, run, "loaded and run in a fresh process without bootcli")
+
+
+@torch.no_grad()
+def largest_difference(student: Student, cond: Cond, run: Callable[[Tensors], Tensors]) -> float:
+    """How far a written student, run again, is from `Student.sample`: max |a - b| in [-1, 1] units.
+
+    Args:
+        student: on the CPU.
+        cond: b rows.
+        run: inputs -> outputs of what was written; see `Exporter.check`.
+
+    Raises `BootError` for outputs that cannot be compared.
+    """
+    batch = max([len(tensor) for tensor in cond.tensors.values()], default=2)
+    noise = torch.randn(batch, *student.teacher.spec.sample_shape, generator=torch.Generator().manual_seed(0))
+    sample = student.sample(noise, cond)
+    expected = {"sample": sample, "images": student.teacher.decode(sample).clamp(-1, 1)}
+    outputs = run({"noise": noise, **cond.tensors})
+    if "sample" not in outputs or any(t.shape != expected[name].shape for name, t in outputs.items()):
+        shapes = {name: tuple(tensor.shape) for name, tensor in outputs.items()}
+        raise BootError(f"What was written gives {shapes}, not samples of shape {tuple(sample.shape)}.")
+    differences = torch.stack([(tensor - expected[name]).abs().max() for name, tensor in outputs.items()])
+    return float(differences.max())  # of tensors, unlike Python's max: a NaN anywhere stays a NaN
+
+
+def run_script(script: Path, folder: Path, inputs: Tensors) -> dict[str, Tensor]:
+    """Run an `Exporter.check` in a fresh process that cannot import bootcli. Raises `BootError` where it fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        given, made = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, given)
+        # -P: neither the working folder nor the script's own is searched for modules.
+        command = [sys.executable, "-P", "-c", _WITHOUT_BOOTCLI, *map(str, (script, folder, given, made))]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise BootError(f"What was written does not run in a fresh process: {reason}.")
+        try:
+            return load_file(made)
+        except (OSError, SafetensorError) as error:
+            raise BootError(f"{script.name} gave no outputs to compare: {error}.") from error
+
+
+def write_network(artifact: Artifact, folder: Path) -> None:
+    """The bare network in one file: a copy of the teacher's, which maps noise at the last timestep to the image.
+
+    The header has what it takes to rebuild it: family, the teacher's configuration, head.
+    """
+    student = artifact.student
+    header = {
+        "bootcli": __version__,
+        "family": artifact.family,
+        "teacher": student.teacher.config(),
+        "head": student.head,
+        "t_min": student.t_min,
+        "training_steps": artifact.step,
+    }
+    write_tensors(folder / NETWORK, student.net.state_dict(), header)
+
+
+@torch.no_grad()
+def run_network(folder: Path, inputs: Tensors) -> dict[str, Tensor]:
+    """One step of what `write_network` wrote, rebuilt from the file alone."""
+    tensors, header = read_tensors(folder / NETWORK)
+    teacher = family_named(str(header["family"])).build(cast(Mapping[str, object], header["teacher"]))
+    student = Student(teacher, cast(Head, header["head"]), float(cast(float, header["t_min"]))).eval()
+    student.net.load_state_dict(tensors)
+    cond = Cond({name: tensor for name, tensor in inputs.items() if name != "noise"})
+    return {"sample": student.sample(inputs["noise"], cond)}

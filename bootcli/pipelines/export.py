@@ -1,0 +1,103 @@
+"""`bootcli export`: a student for other programs, proven to be the same student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bootcli import __version__
+from bootcli.errors import BootError, UsageError
+from bootcli.exporters import Format, formats_of, largest_difference
+from bootcli.pipelines.setup import condition_of
+from bootcli.store.artifact import Artifact, load_student
+from bootcli.store.files import atomic_folder, write_json
+from bootcli.store.rundir import RunDir
+
+TOLERANCE = 1e-4
+"""Largest difference to bootcli's own sampler, in [-1, 1] units, before clamping and rounding."""
+FACTS = "bootcli.json"
+"""In every export: where it comes from, and the sign that bootcli may replace the folder."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Args:
+        output: the folder.
+        format: its name.
+        max_abs_difference: to bootcli's own sampler; see `bootcli.exporters.largest_difference`.
+        files: all of them.
+        check: how it was compared.
+    """
+
+    output: Path
+    format: str
+    max_abs_difference: float
+    files: tuple[Path, ...]
+    check: str
+
+
+def export(run: Path, *, format: str, output: Path | None = None, overwrite: bool = False) -> Exported:
+    """Write a student, run what was written and compare; the folder appears only if both are the same.
+
+    Everything is computed on the CPU in float32.
+
+    Args:
+        run: a run folder, its student folder or a student file.
+        format: one of `bootcli.exporters.formats_of`.
+        output: the folder; None is ``RUN/export/<format>``, for a student file outside a run ``export/`` beside it.
+        overwrite: replace an earlier export there.
+
+    Raises `UsageError` for an unknown format or a folder in use, `BootError` for a broken student, and for an export
+    that does not run or differs by more than `TOLERANCE`.
+    """
+    artifact = load_student(run)
+    chosen = _pick(formats_of(artifact), format)
+    folder = output or RunDir(artifact.home).exports / format
+    _check_free(folder, overwrite=overwrite)
+    cond = condition_of(artifact.student.teacher, artifact.config)(range(2))
+    with atomic_folder(folder) as temporary:
+        chosen.write(artifact, temporary)
+        difference = largest_difference(artifact.student, cond, lambda inputs: chosen.run(temporary, inputs))
+        if not difference <= TOLERANCE:  # a NaN is no success
+            raise BootError(
+                f"The {format} export gives images that differ by {difference:.2g}, more than {TOLERANCE:g}.",
+                "Nothing was written. This is a fault of the format's writer: please report it.",
+            )
+        write_json(temporary / FACTS, _facts(artifact, format, difference))
+    files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
+    return Exported(folder, format, difference, files, chosen.check)
+
+
+def _pick(formats: dict[str, Format], name: str) -> Format:
+    if name not in formats:
+        raise UsageError(f"Unknown export format {name!r}.", f"This student has: {', '.join(sorted(formats))}")
+    return formats[name]
+
+
+def _facts(artifact: Artifact, format: str, difference: float) -> dict[str, object]:
+    return {
+        "bootcli": __version__,
+        "format": format,
+        "family": artifact.family,
+        "objective": artifact.config.objective,
+        "training_steps": artifact.step,
+        "nfe": 1,
+        "max_abs_difference": difference,
+    }
+
+
+def _check_free(folder: Path, *, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file.", "Name a folder with --output.")
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UsageError(f"{folder} is the working folder or above it.", "Name a new folder with --output.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(
+            f"The output folder {folder} is not empty.", "Choose another --output, or replace it with --overwrite."
+        )
+    if not (folder / FACTS).is_file():
+        raise UsageError(f"{folder} is not an export; it will not be overwritten.", "Choose another --output.")

@@ -1,0 +1,191 @@
+"""`bootcli sample`: seeds in, PNG files out."""
+
+from __future__ import annotations
+
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bootcli import __version__
+from bootcli.config import Device
+from bootcli.engine import Engine
+from bootcli.errors import UsageError
+from bootcli.images import enlarge, grid, save_png
+from bootcli.pipelines.setup import condition_of, teacher_view
+from bootcli.sampler import student_images, teacher_images
+from bootcli.store.artifact import Artifact, load_student
+from bootcli.store.rundir import RunDir
+from bootcli.teachers.registry import load
+
+GRID_SIDE = 4096
+"""Largest side of a grid in image pixels; images that do not fit are left out of it."""
+VISIBLE = 64
+"""Pixels an image is wide in the grid, if it has fewer."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What was drawn.
+
+    Args:
+        output: the folder.
+        files: one PNG per image, in order of seed.
+        grid: the images in one PNG.
+        nfe: network evaluations per image.
+        seconds: drawing, from seeds to uint8 images in memory.
+        write_seconds: making and writing PNG files.
+        source: who drew them: "student", or "teacher, 50 steps".
+    """
+
+    output: Path
+    files: tuple[Path, ...]
+    grid: Path
+    nfe: int
+    seconds: float
+    write_seconds: float
+    source: str
+
+
+def sample(
+    run: Path,
+    *,
+    num_images: int = 16,
+    seed: int = 0,
+    output: Path | None = None,
+    class_label: int | None = None,
+    prompt: str | None = None,
+    teacher_steps: int | None = None,
+    batch_size: int = 64,
+    device: Device = "auto",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Sampled:
+    """Draw images into ``<seed>.png`` files and one ``grid.png``.
+
+    Image i depends on ``seed + i`` alone, whatever the batch size, and networks compute in float32. So a file of the
+    default folder always means the same: what a request changes beside the seed gets a folder of its own below
+    ``RUN/samples/`` (``class-3/``, ``teacher-50-steps/``), and drawing a seed again writes its file again. A folder
+    that the caller names has to be empty, unless ``overwrite`` lets files of the same names be replaced. No file is
+    ever deleted.
+
+    Args:
+        run: a run folder, its student folder or a student file.
+        num_images: how many.
+        seed: of the first image.
+        output: the folder; None is ``RUN/samples/``, for a student file outside a run ``samples/`` beside it.
+        class_label: class of every image; None takes the classes of the run in turn, by the seed.
+        prompt: prompt of every image; None takes those of the run in turn.
+        teacher_steps: draw the teacher with that many steps of the reference sampler instead.
+        batch_size: images at a time.
+        device: where to compute.
+        overwrite: write into a folder that is not empty.
+        progress: called with (images done, images in all) after each batch.
+
+    Raises `UsageError` for a request that the teacher cannot honour or a folder in use, `BootError` for broken files.
+    """
+    if num_images < 1 or batch_size < 1 or (teacher_steps is not None and teacher_steps < 1):
+        raise UsageError("Number of images, batch size and teacher steps must be at least 1.")
+    if output is not None:
+        _check_free(output, overwrite=overwrite)
+    artifact = load_student(run)
+    seeds = range(seed, seed + num_images)
+    drawing = _draw(artifact, seeds, class_label, prompt, teacher_steps, batch_size, Engine(device, "no"))
+    folder = output or RunDir(artifact.home).samples.joinpath(*_settings(class_label, prompt, teacher_steps))
+    return _write(drawing, folder, seeds, progress)
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """Images still to be drawn, as uint8 batches, and how."""
+
+    batches: Iterator[Tensor]
+    nfe: int
+    source: str
+
+
+def _draw(
+    artifact: Artifact,
+    seeds: range,
+    class_label: int | None,
+    prompt: str | None,
+    teacher_steps: int | None,
+    batch_size: int,
+    engine: Engine,
+) -> _Drawing:
+    config = artifact.config
+    if teacher_steps is None:
+        student = artifact.student.to(engine.device)
+        cond_of = condition_of(student.teacher, config, class_label, prompt)
+        return _Drawing(student_images(student, cond_of, seeds, batch_size, engine), 1, "student")
+    teacher = load(config.teacher).teacher
+    cond_of = condition_of(teacher, config, class_label, prompt)
+    view = teacher_view(teacher, config, engine)
+    batches = teacher_images(view, teacher_steps, cond_of, seeds, batch_size, engine)
+    calls = 1 if view.guidance_scale == 1.0 else 2
+    source = f"teacher, {teacher_steps} step{'s' if teacher_steps > 1 else ''}"
+    return _Drawing(batches, teacher_steps * calls, source)
+
+
+def _write(drawing: _Drawing, folder: Path, seeds: range, progress: Callable[[int, int], None] | None) -> Sampled:
+    began, drawn = time.perf_counter(), 0.0
+    files: list[Path] = []
+    tiles: list[Tensor] = []
+    for batch, seconds in _timed(drawing.batches):
+        drawn += seconds
+        for image in batch:
+            seed = seeds[len(files)]
+            files.append(folder / f"{seed:06d}.png")
+            save_png(image, files[-1], {**_facts(drawing), "seed": str(seed)})
+            if len(tiles) < _room(image):
+                tiles.append(image)
+        if progress is not None:
+            progress(len(files), len(seeds))
+    picture = enlarge(grid(torch.stack(tiles)), max(1, VISIBLE // tiles[0].shape[-1]))
+    save_png(picture, folder / "grid.png", _facts(drawing))
+    total = time.perf_counter() - began
+    return Sampled(folder, tuple(files), folder / "grid.png", drawing.nfe, drawn, total - drawn, drawing.source)
+
+
+def _timed(batches: Iterator[Tensor]) -> Iterator[tuple[Tensor, float]]:
+    """Each batch with the seconds it took to make, without what its receiver did."""
+    began = time.perf_counter()
+    for batch in batches:
+        yield batch, time.perf_counter() - began
+        began = time.perf_counter()
+
+
+def _facts(drawing: _Drawing) -> dict[str, str]:
+    return {"Software": f"bootcli {__version__}", "source": drawing.source, "nfe": str(drawing.nfe)}
+
+
+def _room(image: Tensor) -> int:
+    """How many images of this size a grid holds."""
+    _, height, width = image.shape
+    return max(1, GRID_SIDE // height) * max(1, GRID_SIDE // width)
+
+
+def _settings(class_label: int | None, prompt: str | None, teacher_steps: int | None) -> Iterator[str]:
+    """The folders below ``samples/`` that keep different requests apart."""
+    if teacher_steps is not None:
+        yield f"teacher-{teacher_steps}-steps"
+    if class_label is not None:
+        yield f"class-{class_label}"
+    if prompt is not None:
+        words = re.sub(r"\W+", "-", prompt.lower()).strip("-")
+        yield f"{words[:40]}-{zlib.crc32(prompt.encode()):08x}"
+
+
+def _check_free(folder: Path, *, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file.", "Name a folder with --output.")
+    if not overwrite and folder.exists() and any(folder.iterdir()):
+        raise UsageError(
+            f"The output folder {folder} is not empty.",
+            "Choose another --output, or replace images of the same names with --overwrite.",
+        )

@@ -1,0 +1,211 @@
+"""Runs as a user makes them: folders, resume, interruption, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bootcli.errors import BootError, UsageError
+from bootcli.pipelines import distill as pipeline
+from bootcli.pipelines.distill import distill, dry_run, resolve_config, resume_config
+from bootcli.pipelines.events import Finished, Previewed, Saved, Started, Stepped
+from bootcli.store.rundir import RunDir
+from bootcli.trainer import StepReport, Trainer
+
+
+@pytest.fixture
+def settings(tiny_ddpm: Path) -> dict[str, object]:
+    return {
+        "teacher": str(tiny_ddpm),
+        "steps": 6,
+        "batch_size": 8,
+        "device": "cpu",
+        "preview_every": 3,
+        "checkpoint_every": 2,
+        "preview_teacher_steps": 4,
+        "log_every": 1,
+    }
+
+
+def cli(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "bootcli", *words],
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "NO_COLOR": "1"},
+    )
+
+
+def test_a_run_tells_its_story_and_leaves_its_folder(settings: dict[str, object], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    events = []
+    for event in distill(resolve_config(settings, {}, {}), run):
+        if isinstance(event, Started):
+            assert (run / "config.json").is_file(), "the configuration is written before step 0"
+            assert not (run / "log.jsonl").exists()
+        events.append(event)
+    assert isinstance(events[0], Started)
+    assert isinstance(events[-1], Finished)
+    assert [e.report.step for e in events if isinstance(e, Stepped)] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in events if isinstance(e, Previewed)] == [3, 6]
+    assert [e.step for e in events if isinstance(e, Saved)] == [2, 4, 6]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "residual", "residual_bins", "grad_norm", "learning_rate", "seconds"} <= lines[0].keys()
+    assert (run / "student" / "student.safetensors").is_file()
+    assert sorted(p.name for p in (run / "previews").iterdir()) == ["step-00000003.png", "step-00000006.png"]
+    assert len(list((run / "checkpoints").iterdir())) == 2, "only the newest are kept"
+    config = json.loads((run / "config.json").read_text())
+    assert config["student"]["head"] == "x0"
+    assert config["mixed_precision"] == "no"
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(settings: dict[str, object], tmp_path: Path) -> None:
+    """Stopped by a real SIGINT in a real process, continued in another; every weight is equal bit for bit."""
+    words = ["distill", "--teacher", str(settings["teacher"]), "--batch-size", "8", "--device", "cpu", "--steps", "60"]
+    words += ["--preview-every", "0", "--set", "preview_teacher_steps=2", "--checkpoint-every", "0", "--seed", "3"]
+    straight = cli(*words, "--output", "straight", cwd=tmp_path)
+    stopped = cli(*words, "--output", "stopped", cwd=tmp_path)
+    log = tmp_path / "stopped" / "log.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not log.exists():
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGINT)
+    _, said = stopped.communicate(timeout=120)
+    assert stopped.returncode == 130, said
+    assert "--resume" in said
+    assert not (tmp_path / "stopped" / "student").exists()
+    resumed = cli("distill", "--resume", "--output", "stopped", cwd=tmp_path)
+    _, said = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, said
+    assert straight.wait(timeout=120) == 0
+    straight.communicate()
+    for place in ("student/student.safetensors", "checkpoints/step-00000060.safetensors"):
+        one, two = (load_file(tmp_path / run / place) for run in ("straight", "stopped"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one), place
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == [1, 10, 20, 30, 40, 50, 60]
+
+
+def test_sigterm_saves_and_exits_143(settings: dict[str, object], tmp_path: Path) -> None:
+    process = cli("distill", "--teacher", str(settings["teacher"]), "--batch-size", "8", "--steps", "100000",
+                  "--preview-every", "0", "--output", "run", cwd=tmp_path)  # fmt: skip
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not log.exists():
+        time.sleep(0.01)
+    process.terminate()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 143, said
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    assert "Traceback" not in said
+
+
+def test_resume_allows_longer_and_refuses_different(tiny_run: Path) -> None:
+    assert resume_config(tiny_run, {"steps": 9}, {}, {}).steps == 9
+    assert resume_config(tiny_run, {"log_every": 5}, {}, {}).log_every == 5
+    for change in ({"steps": 2}, {"seed": 1}, {"boot.delta": 0.2}, {"batch_size": 16}):
+        with pytest.raises(UsageError, match=f"cannot change {next(iter(change))}"):
+            resume_config(tiny_run, change, {}, {})
+
+
+def test_a_folder_that_is_not_empty_is_refused(settings: dict[str, object], tmp_path: Path) -> None:
+    config = resolve_config(settings, {}, {})
+    keep = tmp_path / "precious.txt"
+    keep.write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError):
+            next(distill(config, tmp_path, overwrite=overwrite))
+    assert list(tmp_path.iterdir()) == [keep]
+
+
+def test_overwrite_replaces_an_earlier_run(settings: dict[str, object], tmp_path: Path) -> None:
+    config = resolve_config({**settings, "steps": 2}, {}, {})
+    list(distill(config, tmp_path / "run"))
+    with pytest.raises(UsageError, match="not empty"):
+        next(distill(config, tmp_path / "run"))
+    list(distill(resolve_config({**settings, "steps": 1}, {}, {}), tmp_path / "run", overwrite=True))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": "prompts.txt"}, "takes no prompts"),
+        ({"classes": (1,)}, "has no classes"),
+        ({"guidance_scale": 3.0}, "unconditional"),
+        ({"negative_prompt": "blurry"}, "takes no prompts"),
+        ({"student.max_gain": 1.0, "student.t_min": 0.5}, "no time range"),
+    ],
+)
+def test_what_the_teacher_cannot_honour_is_refused(
+    settings: dict[str, object], tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    config = resolve_config({**settings, **change}, {}, {})
+    with pytest.raises(UsageError, match=message):
+        next(distill(config, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_nan_keeps_the_last_good_state(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Trainer.run
+
+    def poisoned(self: Trainer) -> Iterator[StepReport]:
+        for report in honest(self):
+            yield report
+            if report.step == 3:
+                with torch.no_grad():
+                    next(iter(self.student.parameters())).fill_(float("nan"))
+
+    monkeypatch.setattr(pipeline.Trainer, "run", poisoned)
+    with pytest.raises(BootError, match=r"step 4.*step-00000003"):
+        list(distill(resolve_config(settings, {}, {}), tmp_path / "run"))
+    assert not RunDir(tmp_path / "run").student.exists()
+
+
+def test_init_from_starts_at_the_other_students_weights(
+    settings: dict[str, object], tiny_run: Path, tmp_path: Path
+) -> None:
+    config = resolve_config({**settings, "steps": 1, "learning_rate": 1e-12, "init_from": str(tiny_run)}, {}, {})
+    list(distill(config, tmp_path / "run"))
+    one, two = load_file(RunDir(tiny_run).student), load_file(RunDir(tmp_path / "run").student)
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+
+
+def test_dry_run_measures_and_writes_nothing(settings: dict[str, object], tmp_path: Path) -> None:
+    estimate = dry_run(resolve_config(settings, {}, {}))
+    assert estimate.seconds_per_step > 0
+    assert estimate.total_seconds == pytest.approx(6 * estimate.seconds_per_step)
+    assert estimate.peak_memory_bytes > 1e6
+    assert estimate.parameters > 1000
+    assert estimate.config["teacher"] == settings["teacher"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stored_run_needs_no_teacher_weights_to_sample(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bootcli.sampler import prior_noise
+    from bootcli.store.artifact import load_student
+    from bootcli.teachers import registry
+    from bootcli.teachers.protocol import Cond
+
+    monkeypatch.setattr(registry, "load", None)
+    student = load_student(tiny_run).student
+    eps = prior_noise([1, 2], (1, 8, 8))
+    assert student.sample(eps, Cond()).shape == (2, 1, 8, 8)
+    at_t_min = student(eps, torch.zeros(2, dtype=torch.float64), Cond())
+    assert torch.equal(at_t_min, student.sample(eps, Cond())), "the time branch is exactly 0 at t_min"
