@@ -45,22 +45,22 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """The device of this process."""
-        return self._accelerator.device
+        return torch.device(self._accelerator.device)
 
     @property
     def rank(self) -> int:
         """Index of this process, 0 for the main one."""
-        return self._accelerator.process_index
+        return int(self._accelerator.process_index)
 
     @property
     def num_processes(self) -> int:
         """How many processes share the batch."""
-        return self._accelerator.num_processes
+        return int(self._accelerator.num_processes)
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and prints."""
-        return self._accelerator.is_main_process
+        return bool(self._accelerator.is_main_process)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Networks inside compute in the mixed precision."""

@@ -114,7 +114,8 @@ class _Pace:
             return ""
         rate = (last - first) / (now - began)
         left = f"  {duration((total - done) / rate)} left" if done < total else ""
-        return f"{rate * images:.3g} img/s{left}"
+        speed = rate * images
+        return f"{speed:.{0 if speed >= 10 else 1}f} img/s{left}"
 
 
 class _Display:

@@ -440,22 +440,6 @@ def test_the_batch_size_changes_nothing(at_hand: Teacher, tiny_run: Path) -> Non
     assert small["student"]["fid"] == pytest.approx(large["student"]["fid"], rel=1e-3)  # type: ignore[index]
 
 
-def test_every_condition_takes_its_turn_in_each_repeat(own_space: FeatureSpace) -> None:
-    from bootcli.plugin import Cond
-
-    labels: list[list[int]] = []
-
-    def sample(cond_of: Callable[[Any], Cond], seeds: range) -> Any:
-        labels.append(cond_of(seeds).tensors["label"].tolist())
-        yield torch.randint(0, 256, (len(seeds), 1, 8, 8), dtype=torch.uint8)
-
-    reference = Reference("corners-5", Corners(), gaussian(0, d=DIM), "made up")
-    pool = Cond({"label": torch.tensor([7, 8, 9])})
-    bench = pipeline._Bench(reference, pool, [range(100, 105), range(105, 110)], CPU, None)
-    bench.measure("student", sample)
-    assert labels == [[7, 8, 9, 7, 8]] * 2
-
-
 def test_notes_warn_of_numbers_that_mislead(at_hand: Teacher, tiny_run: Path) -> None:
     file = tiny_run / "student" / "student.safetensors"
     notes = " ".join(pipeline.evaluate(file, num_images=4, device="cpu")["notes"])  # type: ignore[arg-type]

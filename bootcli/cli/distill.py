@@ -21,7 +21,7 @@ Layers = tuple[dict[str, object], dict[str, object], dict[str, object]]
 
 EXAMPLES = examples(
     "bootcli distill",
-    "bootcli distill --teacher google/ddpm-cifar10-32 --steps 20000 --device cuda",
+    "bootcli distill --teacher google/ddpm-cifar10-32 --device cuda",
 )
 TEACHER, TRAINING, RUN, SETTINGS = "Teacher", "Training", "Run", "Settings"
 

@@ -11,7 +11,7 @@ from bootcli.cli.common import find_run, integers, print_json
 from bootcli.cli.options import BatchSizeOption, DeviceOption, JsonOption, RunArgument, SeedOption, examples
 from bootcli.errors import BootError, UsageError
 
-EXAMPLES = examples("bootcli evaluate", "bootcli evaluate runs/mine --num-images 5000 --teacher-steps 4,10,50 --json")
+EXAMPLES = examples("bootcli evaluate", "bootcli evaluate runs/mine --num-images 1000 --teacher-steps 4,50 --json")
 
 MetricOption = Annotated[Literal["fid"], typer.Option(help="What to measure.")]
 CountOption = Annotated[int, typer.Option("--num-images", "-n", metavar="N", min=2, help="Images for each number.")]

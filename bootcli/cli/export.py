@@ -47,6 +47,7 @@ def export(
             {
                 "exported": exported.output,
                 "format": f"{exported.format}, {len(exported.files)} files",
-                "checked": f"largest difference to bootcli's own sampler {exported.max_abs_difference:.2g}",
+                "checked": exported.check,
+                "difference": f"{exported.max_abs_difference:.2g} at most, to bootcli's own sampler",
             }
         )

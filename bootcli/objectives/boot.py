@@ -52,10 +52,16 @@ class Boot:
         self.t_max = t_max
 
     def draw(self, generator: torch.Generator, batch_size: int) -> BootDraw:
-        """t uniform in [t_min + delta, t_max), stratified over the batch, and s = t - delta."""
+        """t uniform in [t_min, t_max), stratified over the batch, and s = t - delta, or t_min where that is below it.
+
+        Where t_min still has noise, a step shorter than delta would have 1 - r near 0 in the weight's denominator: t then
+        starts at t_min + delta.
+        """
         delta = self.config.delta * (self.t_max - self.t_min)
+        clean = float(self.teacher.schedule(torch.tensor([self.t_min], dtype=torch.float64)).sigma) == 0
         eps = torch.randn(batch_size, *self.teacher.teacher.spec.sample_shape, generator=generator)
-        t = stratified(generator, batch_size, self.t_min + delta, self.t_max)
+        t = stratified(generator, batch_size, self.t_min if clean else self.t_min + delta, self.t_max)
+        t = t.clamp(min=self.t_min + 1e-6)  # a step needs some length
         return BootDraw(eps, t, (t - delta).clamp(min=self.t_min))
 
     def take(self, draw: BootDraw, rows: slice, device: torch.device) -> BootDraw:

@@ -64,9 +64,16 @@ def resume_config(
 
 def _whole_paths(config: DistillConfig) -> DistillConfig:
     """Paths are stored whole, so that the run can be used from anywhere."""
-    paths = {key: getattr(config, key) for key in ("teacher", "prompts", "init_from")}
-    whole = {key: str(Path(path).resolve()) for key, path in paths.items() if path and Path(path).exists()}
-    return dataclasses.replace(config, **whole)
+
+    def whole(path: str) -> str:
+        return str(Path(path).resolve()) if Path(path).exists() else path
+
+    return dataclasses.replace(
+        config,
+        teacher=whole(config.teacher),
+        prompts=config.prompts and whole(config.prompts),
+        init_from=config.init_from and whole(config.init_from),
+    )
 
 
 def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Event]:

@@ -15,12 +15,11 @@ from bootcli.config import Device
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.evaluate import INCEPTION, Reference, frechet, reference_for, statistics_of, write_reference
-from bootcli.pipelines.setup import condition_pool, teacher_view
+from bootcli.pipelines.setup import condition_of, teacher_view
 from bootcli.sampler import CondOf, student_images, teacher_images
 from bootcli.store.artifact import load_student
 from bootcli.store.files import write_json
 from bootcli.store.rundir import RunDir
-from bootcli.teachers.protocol import Cond
 from bootcli.teachers.registry import load
 from bootcli.teachers.view import TeacherView
 
@@ -48,8 +47,8 @@ def evaluate(
 ) -> dict[str, object]:
     """Measure a student and its teacher with the same seeds, conditions and reference.
 
-    Image i of repeat k has the seed ``seed + k * num_images + i`` and the condition i of the run's, in turn. Networks
-    compute in float32, whatever the run was trained in, so that the number is the same on every device.
+    Image i of repeat k has the seed ``seed + k * num_images + i`` and the condition that `bootcli sample` gives that
+    seed. Networks compute in float32, whatever the run was trained in, so that the number is the same on every device.
 
     Args:
         run: a run folder or a student file.
@@ -78,7 +77,7 @@ def evaluate(
     against = reference_for(teacher, reference, engine.device)
     student = artifact.student.to(engine.device)
     seeds = [range(seed + k * num_images, seed + (k + 1) * num_images) for k in range(repeats)]
-    bench = _Bench(against, condition_pool(teacher, config), seeds, engine.device, progress)
+    bench = _Bench(against, condition_of(teacher, config), seeds, engine.device, progress)
 
     def by_student(cond_of: CondOf, seeds: range) -> Iterator[Tensor]:
         return student_images(student, cond_of, seeds, batch_size, engine)
@@ -135,7 +134,7 @@ class _Bench:
     """What every sampler is measured on."""
 
     reference: Reference
-    pool: Cond
+    cond_of: CondOf
     repeats: Sequence[range]
     device: torch.device
     progress: Progress | None
@@ -146,12 +145,7 @@ class _Bench:
         return {"fid": fmean(fids), "fid_std": stdev(fids) if len(fids) > 1 else None, "fid_repeats": fids}
 
     def _fid(self, label: str, sample: Sample, seeds: range) -> float:
-        size = next((len(tensor) for tensor in self.pool.tensors.values()), 1)
-
-        def cond_of(batch: Sequence[int]) -> Cond:
-            return self.pool.rows((torch.tensor(list(batch)) - seeds.start) % size)
-
-        batches = self._reported(label, sample(cond_of, seeds), seeds.start - self.repeats[0].start)
+        batches = self._reported(label, sample(self.cond_of, seeds), seeds.start - self.repeats[0].start)
         return frechet(statistics_of(batches, self.reference.network, self.device), self.reference.statistics)
 
     def _reported(self, label: str, batches: Iterator[Tensor], done: int) -> Iterator[Tensor]:
@@ -187,6 +181,7 @@ def _sampler(view: TeacherView) -> dict[str, object]:
         "method": "ddim",
         "eta": 0.0,
         "timestep_spacing": "trailing",
+        "use_clipped_model_output": True,
         "threshold": repr(view.teacher.spec.threshold),
         "guidance_scale": view.guidance_scale,
         "precision": "float32",

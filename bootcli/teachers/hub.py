@@ -38,7 +38,7 @@ def fetch(hub_id: str, families: Sequence[TeacherFamily]) -> tuple[TeacherFamily
 
 def _download(hub_id: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # documented
 
     if not sys.stderr.isatty():
         disable_progress_bars()

@@ -54,11 +54,13 @@ class Resolved:
         family: None for a hub id, whose family shows only in its files.
         source: a local path or a hub id.
         origin: where it comes from, for people.
+        on_hub: whether ``source`` is a hub id.
     """
 
     family: TeacherFamily | None
     source: str
     origin: str
+    on_hub: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def resolve(name: str) -> Resolved:
     if name and path.exists():
         return Resolved(_reader(path, families), str(path), "local path")
     if _HUB_ID.fullmatch(name):
-        return Resolved(None, name, f"huggingface.co/{name}")
+        return _hub(None, name)
     raise _unknown(name, families)
 
 
@@ -116,9 +118,9 @@ def load(name: str) -> Loaded:
 
     found = resolve(name)
     family, path = found.family, Path(found.source)
-    if not path.exists() or family is None:
-        candidates = [one.family for one in installed() if one.family and not one.error]
-        family, path = fetch(found.source, [family] if family else candidates)
+    if found.on_hub:
+        family, path = fetch(found.source, [family] if family else _good(installed()))
+    assert family is not None  # only a hub id leaves it open
     return Loaded(family.load(path), family, found.source, found.origin)
 
 
@@ -156,6 +158,10 @@ def _clash(name: str, found: Sequence[Installed]) -> str:
     return f"two plugins are called {name!r}: {owners}"
 
 
+def _good(families: Sequence[Installed]) -> list[TeacherFamily]:
+    return [one.family for one in families if one.family and not one.error]
+
+
 def _usable(one: Installed) -> TeacherFamily:
     if one.error or one.family is None:
         raise UsageError(
@@ -171,10 +177,10 @@ def _within(one: Installed, source: str) -> Resolved:
     if source in family.aliases:
         return _alias(source, [one])
     path = Path(source).expanduser()
-    if path.exists():
+    if source and path.exists():
         return Resolved(family, str(path), "local path")
     if _HUB_ID.fullmatch(source):
-        return Resolved(family, source, f"huggingface.co/{source}")
+        return _hub(family, source)
     raise _unknown(source, [one])
 
 
@@ -184,13 +190,18 @@ def _alias(name: str, owners: Sequence[Installed]) -> Resolved:
         ways = " or ".join(f"{family.name}:{name}" for family in families)
         raise UsageError(f"Several families have a teacher {name!r}.", f"Say which: {ways}")
     source = families[0].aliases[name].source
-    shipped = Path(source).is_absolute()
-    return Resolved(families[0], source, f"in {owners[0].distribution}" if shipped else f"huggingface.co/{source}")
+    if Path(source).is_absolute():
+        return Resolved(families[0], source, f"in {owners[0].distribution}")
+    return _hub(families[0], source)
+
+
+def _hub(family: TeacherFamily | None, hub_id: str) -> Resolved:
+    return Resolved(family, hub_id, f"huggingface.co/{hub_id}", on_hub=True)
 
 
 def _reader(path: Path, families: Sequence[Installed]) -> TeacherFamily:
     """The one family that reads ``path``."""
-    good = [one.family for one in families if one.family and not one.error]
+    good = _good(families)
     readers = [family for family in good if family.matches(path)]
     if len(readers) == 1:
         return readers[0]

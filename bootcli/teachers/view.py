@@ -41,5 +41,6 @@ class TeacherView:
         else:
             negative = self.negative.rows(torch.zeros(len(x_t), dtype=torch.long))
             both = teacher.predict(teacher.net, torch.cat([x_t, x_t]), torch.cat([t, t]), cond.then(negative))
-            prediction = guide(*both.chunk(2), self.guidance_scale)
+            conditional, unconditional = both.chunk(2)
+            prediction = guide(conditional, unconditional, self.guidance_scale)
         return spec.threshold(to_x0(spec.prediction, prediction, x_t.float(), spec.schedule(t)))

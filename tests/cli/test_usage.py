@@ -1,0 +1,179 @@
+"""Usage errors: exit code 2, one clear line, found before torch is imported. Other failures: their exit codes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bootcli.cli.common import fail, integers, print_json, to_toml
+from bootcli.errors import BootError, Interrupted, UsageError
+
+from .conftest import Cli, environment, processor_seconds
+
+Heavy = Callable[..., tuple[int, str, list[str]]]
+
+WRONG = {
+    "distill --teacher fasion": "Did you mean fashion?",
+    "distill --teacher ./missing": "./missing does not exist",
+    "distill --steps 0": "steps = 0",
+    "distill --steps many": "--steps",
+    "distill --learning-rate=-1": "learning_rate",
+    "distill --classes 1,x": "whole numbers",
+    "distill --objective magic": "--objective",
+    "distill --set boot.dleta=1": "Did you mean boot.delta",
+    "distill --set delta": "expected key=value",
+    "distill --set boot.delta=2": "boot.delta = 2",
+    "distill --config missing.toml": "Cannot read config file missing.toml",
+    "distill --config broken.toml": "is not TOML",
+    "distill --config typo.toml": "Unknown setting: stpes",
+    "distill --output full": "full is not empty",
+    "distill --output a.file": "a.file is a file",
+    "distill --resume": "No run found",
+    "distill --resume --output missing": "There is no run missing",
+    "distill --resume --overwrite": "--resume goes with neither",
+    "distill --step 3": "--steps",
+    "distil": "Did you mean 'distill'?",
+    "sample": "No run found",
+    "sample missing": "There is no run missing",
+    "sample full --output full": "full is not empty",
+    "sample -n 0": "--num-images",
+    "evaluate --teacher-steps 4,0": "at least 1 step",
+    "evaluate --metric beauty": "--metric",
+    "export missing": "There is no run missing",
+    "export full --output full": "full is not empty",
+    "teachers fasion": "Did you mean fashion?",
+    "teachers ddpm:fasion": "Did you mean fashion?",
+    "teachers nonsense": "Unknown teacher 'nonsense'",
+}
+
+
+@pytest.fixture
+def clutter(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").write_text("")
+    (tmp_path / "a.file").write_text("")
+    (tmp_path / "broken.toml").write_text("steps = = 3")
+    (tmp_path / "typo.toml").write_text("stpes = 3")
+
+
+@pytest.mark.usefixtures("clutter")
+@pytest.mark.parametrize("line", WRONG)
+def test_usage_errors_are_clear_and_cheap(heavy: Heavy, line: str) -> None:
+    code, said, imported = heavy(*line.split())
+    assert code == 2, said
+    assert WRONG[line] in " ".join(said.split()), said
+    assert "Traceback" not in said
+    assert not {"torch", "diffusers", "numpy", "scipy", "transformers"} & set(imported)
+
+
+def test_usage_errors_take_less_than_a_second(cli: Cli) -> None:
+    best = float("inf")
+    for _ in range(10):
+        before = processor_seconds()
+        assert cli("distill", "--teacher", "fasion").returncode == 2
+        best = min(best, processor_seconds() - before)
+        if best < 1:
+            return
+    pytest.fail(f"took {best:.2f} s")
+
+
+def test_a_folder_that_no_family_reads(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    done = cli("distill", "--teacher", "odd")
+    assert done.returncode == 1
+    assert "No installed teacher family reads odd" in done.stderr
+    assert "ddpm: a diffusers pipeline folder" in done.stderr
+
+
+def test_a_hub_id_without_network(cli: Cli, tmp_path: Path) -> None:
+    done = cli("teachers", "someone/something", HF_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 1
+    for word in ("someone/something", "HF_HUB_OFFLINE", "--teacher ./something"):
+        assert word in done.stderr
+
+
+def test_an_unexpected_error_is_one_line_and_a_traceback_on_demand(
+    cli: Cli, plugin: Callable[..., Path], family: Callable[..., str]
+) -> None:
+    site = str(plugin("faulty", "faulty", family("faulty", "trap")))
+    done = cli("teachers", "trap", PYTHONPATH=site)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: unexpected RuntimeError: a bug of the plugin")
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in cli("--debug", "teachers", "trap", PYTHONPATH=site).stderr
+    assert "Traceback" in cli("teachers", "trap", PYTHONPATH=site, BOOTCLI_DEBUG="1").stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (BootError("It broke.", "Mend it."), 1, "Error: It broke.\nMend it.\n"),
+        (UsageError("Not so."), 2, "Error: Not so.\n"),
+        (Interrupted("Saved.", "Go on.", signum=2), 130, "Saved.\nGo on.\n"),
+        (Interrupted("Saved.", signum=15), 143, "Saved.\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), 1, "Error: No space left on device (a/b).\n"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "Error: No space left on device.\n"),
+        (KeyError("x"), 1, "Error: unexpected KeyError: 'x'\n"),
+    ],
+)
+def test_exit_codes(capsys: pytest.CaptureFixture[str], error: Exception, code: int, says: str) -> None:
+    with pytest.raises(SystemExit) as left:
+        fail(error)
+    assert left.value.code == code
+    assert capsys.readouterr().err.startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("happening", "code"),
+    [("os.kill(os.getpid(), signal.SIGTERM)", 143), ("raise KeyboardInterrupt", 130), ("sys.exit(3)", 3)],
+)
+def test_signals_outside_a_run(happening: str, code: int) -> None:
+    script = f"""
+import os, signal, sys
+from bootcli import cli
+from bootcli.teachers import registry
+def happen():
+    {happening}
+registry.installed = happen
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script, "teachers"], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = [sys.executable, "-m", "bootcli", "teachers", "--json"]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    process.wait()
+    process.stderr.close()
+    assert said == b""
+
+
+def test_integers() -> None:
+    assert integers(None, "--classes") is None
+    assert integers("1, 3,5", "--classes") == (1, 3, 5)
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": float("nan"), "b": [float("inf"), Path("c")], "d": (1,)})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, "c"], "d": [1]}
+
+
+def test_settings_survive_a_config_file(tmp_path: Path) -> None:
+    from bootcli.config import DistillConfig, read_file, resolve, to_dict
+
+    config = resolve({"teacher": 'a "b" \\ ü', "classes": (1, 2), "boot.delta": 1e-5, "optimizer.compile": True})
+    assert config != DistillConfig()
+    path = tmp_path / "mine.toml"
+    path.write_text(to_toml(to_dict(config), {"time": "1 s"}), encoding="utf-8")
+    assert resolve(read_file(path)) == config
