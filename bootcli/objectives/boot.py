@@ -104,7 +104,9 @@ class Boot:
             case "uniform":
                 return torch.ones_like(t)
             case "velocity":
-                alpha, sigma = self.teacher.schedule(t)
+                delta = self.config.delta * (self.t_max - self.t_min)
+                # Held where steps are cut short at t_min: 1 / tau^2 is 1e12 at the smallest t.
+                alpha, sigma = self.teacher.schedule(t.clamp(min=self.t_min + delta))
                 return ((alpha + sigma) / sigma) ** 2
             case "target":
                 return one_minus_r**2
