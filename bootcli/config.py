@@ -93,7 +93,7 @@ class DistillConfig:
     seed: Count = 0
     device: Device = "auto"
     mixed_precision: MixedPrecision | None = None
-    """None: bf16 on a GPU that has it, otherwise no."""
+    """None: bf16 where the hardware has it, otherwise no."""
     init_from: str | None = None
     """Run whose student is the starting point."""
     log_every: Positive = 10

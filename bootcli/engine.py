@@ -24,18 +24,28 @@ def pick_device(device: Device) -> torch.device:
     return torch.device(device)
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether bf16 is native there: emulated, it is slower than float32. Some CPUs have it (AVX512_BF16, AMX)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.10
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return False
+
+
 class Engine:
     """Runs networks: where, in what precision, in how many processes.
 
     Args:
         device: where.
-        mixed_precision: None is bf16 on a GPU that has it, otherwise no.
+        mixed_precision: None is bf16 where the hardware multiplies it, otherwise no.
     """
 
     def __init__(self, device: Device = "auto", mixed_precision: MixedPrecision | None = None) -> None:
         chosen = pick_device(device)
         if mixed_precision is None:
-            mixed_precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
+            mixed_precision = "bf16" if multiplies_bf16(chosen) else "no"
         if mixed_precision == "fp16" and chosen.type == "cpu":
             raise UsageError("fp16 needs a GPU.", "Use --mixed-precision bf16 or no.")
         AcceleratorState._reset_state(reset_partial_state=chosen.type == "cpu")

@@ -49,7 +49,8 @@ def tiny_teacher(tiny_ddpm: Path) -> Teacher:
 @pytest.fixture(scope="session")
 def tiny_run(tiny_ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of three updates on `tiny_ddpm`."""
-    from bootcli.pipelines.distill import distill, resolve_config
+    from bootcli.pipelines.distill import distill
+    from bootcli.pipelines.settings import resolve_config
 
     settings = {"teacher": str(tiny_ddpm), "steps": 3, "batch_size": 8, "device": "cpu", "preview_teacher_steps": 4}
     run = tmp_path_factory.mktemp("runs") / "tiny"
@@ -63,7 +64,8 @@ def class_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two updates on a tiny class-conditional teacher with classes 0 to 3, of which it has 1 and 3."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-    from bootcli.pipelines.distill import distill, resolve_config
+    from bootcli.pipelines.distill import distill
+    from bootcli.pipelines.settings import resolve_config
 
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}

@@ -113,6 +113,15 @@ def test_weights_are_what_they_say() -> None:
         assert terms.parts["bootstrap"].item() == pytest.approx(float((w_t * terms.residual).mean()), rel=1e-5)
 
 
+def test_velocity_weight_is_held_below_one_step() -> None:
+    """The steps that are cut short at t_min must not outweigh the rest: E[1 / max(t, delta)^2] = 2 / delta - 1."""
+    teacher = GaussianTeacher(MEAN, 0.0, LinearPath())
+    objective = Boot(BootConfig(delta=0.1, weight="velocity"), TeacherView(teacher), 0.0, 1.0)
+    draw = objective.draw(torch.Generator().manual_seed(0), 1000)
+    terms = objective.loss(Exact(teacher, 1.0, shift=0.5), draw, Cond())  # type: ignore[arg-type]
+    assert terms.parts["bootstrap"].item() / 0.5**2 == pytest.approx(2 / 0.1 - 1, rel=0.02)
+
+
 def test_gradient_is_at_the_cleaner_time_and_the_boundary_only() -> None:
     """Downwind gradients diverge: the student's value at t, and the teacher, are constants."""
     teacher, draw = GaussianTeacher(MEAN, 0.5, CosineVP()), drawn(0.1, 0.2, 0.9)
@@ -146,6 +155,15 @@ def test_draw_is_stratified_reproducible_and_divisible() -> None:
     part = objective.take(draw, slice(8, 24), torch.device("cpu"))
     assert torch.equal(part.eps, draw.eps[8:24])
     assert torch.equal(part.s, draw.s[8:24])
+
+
+def test_clean_end_has_its_share_of_the_draw() -> None:
+    """Where t_min is clean data, steps that would go below it end on it: samples are drawn there."""
+    objective = Boot(BootConfig(delta=0.1), TeacherView(GaussianTeacher(MEAN, 0.5, DDPM)), 0.0, 0.8)
+    draw = objective.draw(torch.Generator().manual_seed(0), 1000)
+    assert float((draw.s == 0).double().mean()) == pytest.approx(0.1, abs=0.002)
+    assert (draw.t > draw.s).all()
+    assert draw.t.min() < 0.002
 
 
 def test_classes_reach_student_and_teacher() -> None:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from bootcli.errors import BootError, UsageError
 from bootcli.pipelines import distill as pipeline
-from bootcli.pipelines.distill import distill, dry_run, resolve_config, resume_config
+from bootcli.pipelines.distill import distill, dry_run
 from bootcli.pipelines.events import Finished, Previewed, Saved, Started, Stepped
+from bootcli.pipelines.settings import resolve_config, resume_config
 from bootcli.store.rundir import RunDir
 from bootcli.trainer import StepReport, Trainer
 

@@ -459,13 +459,11 @@ def test_statistics_can_be_kept_for_later(
     at_hand: Teacher, tiny_run: Path, pictures: tuple[Path, Tensor], tmp_path: Path
 ) -> None:
     kept = tmp_path / "kept.safetensors"
-    made = pipeline.make_statistics(tiny_run, str(pictures[0]), kept, device="cpu")
-    assert made.statistics.num_images == 12
     file = tiny_run / "student" / "student.safetensors"
-    fids = [
-        pipeline.evaluate(file, num_images=8, reference=str(words), device="cpu")["student"]["fid"]  # type: ignore[index]
-        for words in (kept, pictures[0])
-    ]
-    assert fids[0] == pytest.approx(fids[1])
-    with pytest.raises(UsageError):
-        pipeline.make_statistics(tiny_run, str(pictures[0]), tmp_path / "kept.npz", device="cpu")
+    settings: dict[str, Any] = {"num_images": 8, "device": "cpu"}
+    first = pipeline.evaluate(file, reference=str(pictures[0]), save_reference=kept, **settings)
+    again = pipeline.evaluate(file, reference=str(kept), **settings)
+    assert first["student"]["fid"] == pytest.approx(again["student"]["fid"])  # type: ignore[index]
+    assert again["reference"]["num_images"] == 12  # type: ignore[index]
+    with pytest.raises(UsageError, match=r"\.safetensors"):
+        pipeline.evaluate(file, save_reference=tmp_path / "kept.npz", **settings)

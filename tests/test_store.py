@@ -184,7 +184,7 @@ def test_run_folder_refuses_what_it_must_not_replace(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not empty"):
         run.check_free(overwrite=False)
     run.config_file.rename(run.path / "other.json")
-    with pytest.raises(UsageError, match="not a run folder"):
+    with pytest.raises(UsageError, match=r"has no config\.json"):
         run.check_free(overwrite=True)
     with pytest.raises(BootError, match="not a run folder"):
         run.config()

@@ -42,14 +42,6 @@ def find_run(run: Path | None) -> Path:
     return run
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raise `UsageError` for a file, or a folder in use, before the pipeline looks closer and anything is loaded."""
-    if output.is_file():
-        raise UsageError(f"{output} is a file.", "Name a folder with --output.")
-    if not overwrite and output.is_dir() and any(output.iterdir()):
-        raise UsageError(f"The output folder {output} is not empty.", "Choose another --output, or use --overwrite.")
-
-
 def print_json(data: object) -> None:
     """One JSON document on stdout."""
     import json

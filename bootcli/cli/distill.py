@@ -93,7 +93,7 @@ DeviceOption = Annotated[
 ]
 PrecisionOption = Annotated[
     MixedPrecision | None,
-    typer.Option(help="Number format.", show_default="bf16 on a GPU that has it", rich_help_panel=TRAINING),
+    typer.Option(help="Number format.", show_default="bf16 where the hardware has it", rich_help_panel=TRAINING),
 ]
 OutputOption = Annotated[
     Path | None,
@@ -210,7 +210,8 @@ def _layers(params: Mapping[str, object], file: Path | None, overrides: list[str
 
 
 def _estimate(layers: Layers, *, as_json: bool) -> None:
-    from bootcli.pipelines.distill import dry_run, resolve_config
+    from bootcli.pipelines.distill import dry_run
+    from bootcli.pipelines.settings import resolve_config
 
     estimate = dry_run(resolve_config(*layers))
     if as_json:
@@ -231,7 +232,8 @@ def _costs(estimate: Estimate) -> dict[str, str]:
 
 def _train(layers: Layers, run: Path, *, resume: bool, overwrite: bool, as_json: bool) -> None:
     from bootcli import ui
-    from bootcli.pipelines.distill import distill, resolve_config, resume_config
+    from bootcli.pipelines.distill import distill
+    from bootcli.pipelines.settings import resolve_config, resume_config
 
     config = resume_config(run, *layers) if resume else resolve_config(*layers)
     last: dict[str, Any] = {}

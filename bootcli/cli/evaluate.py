@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -24,6 +25,10 @@ ReferenceOption = Annotated[
         show_default="the teacher's own statistics",
     ),
 ]
+SaveReferenceOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Keep the reference's statistics (.safetensors) as a later --reference."),
+]
 TeacherStepsOption = Annotated[
     str, typer.Option(metavar="4,10,50", help="Steps of the teacher beside the student; '' for none.")
 ]
@@ -37,9 +42,10 @@ def evaluate(
     seed: SeedOption = 0,
     repeats: RepeatsOption = 1,
     reference: ReferenceOption = None,
+    save_reference: SaveReferenceOption = None,
     teacher_steps: TeacherStepsOption = "4,10,50",
     max_fid: MaxOption = None,
-    batch_size: BatchSizeOption = 250,
+    batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -62,6 +68,7 @@ def evaluate(
             teacher_steps=steps,
             batch_size=batch_size,
             device=device,
+            save_reference=save_reference,
             progress=count,
         )
     print_json(result) if as_json else _print_table(result)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bootcli.cli.common import check_output, find_run, print_json
+from bootcli.cli.common import find_run, print_json
 from bootcli.cli.options import JsonOption, OverwriteOption, RunArgument, examples
 
 EXAMPLES = examples("bootcli export", "bootcli export runs/mine --format diffusers --output my-student")
@@ -35,7 +35,9 @@ def export(
     It is loaded back in a fresh process and compared with bootcli's own sampler.
     """
     run = find_run(run)
-    check_output(output or run / "export" / format_, overwrite=overwrite)
+    from bootcli.store.files import check_free
+
+    check_free(output or run / "export" / format_, overwrite=overwrite)
     from bootcli import ui
     from bootcli.pipelines.export import export as write
 

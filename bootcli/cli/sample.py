@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bootcli.cli.common import check_output, find_run, print_json
+from bootcli.cli.common import find_run, print_json
 from bootcli.cli.options import (
     BatchSizeOption,
     DeviceOption,
@@ -48,8 +48,10 @@ def sample(
 ) -> None:
     """Draw images in one step: a PNG for each, and a grid of all."""
     run = find_run(run)
+    from bootcli.store.files import check_free
+
     if output is not None:
-        check_output(output, overwrite=overwrite)
+        check_free(output, overwrite=overwrite)
     from bootcli import ui
     from bootcli.pipelines.sample import sample as draw
 

@@ -54,8 +54,8 @@ class Boot:
     def draw(self, generator: torch.Generator, batch_size: int) -> BootDraw:
         """t uniform in [t_min, t_max), stratified over the batch, and s = t - delta, or t_min where that is below it.
 
-        Where t_min still has noise, a step shorter than delta would have 1 - r near 0 in the weight's denominator: t then
-        starts at t_min + delta.
+        Where t_min still has noise, a step shorter than delta would have 1 - r near 0 in the weight's denominator: t
+        then starts at t_min + delta.
         """
         delta = self.config.delta * (self.t_max - self.t_min)
         clean = float(self.teacher.schedule(torch.tensor([self.t_min], dtype=torch.float64)).sigma) == 0

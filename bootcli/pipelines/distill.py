@@ -12,9 +12,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from bootcli.config import RESUMABLE, DistillConfig, differences, flatten, resolve, to_dict
+from bootcli.config import DistillConfig, to_dict
 from bootcli.engine import Engine
-from bootcli.errors import BootError, Interrupted, UsageError
+from bootcli.errors import BootError, Interrupted
 from bootcli.images import enlarge, grid, save_png, to_uint8
 from bootcli.pipelines.events import Event, Finished, Previewed, Saved, Started, Stepped
 from bootcli.pipelines.setup import Distillation, set_up
@@ -28,52 +28,6 @@ from bootcli.trainer import StepReport, Trainer
 
 PREVIEWS = 10
 """Columns of a preview grid."""
-
-
-def resolve_config(
-    flags: Mapping[str, object], overrides: Mapping[str, object], file: Mapping[str, object]
-) -> DistillConfig:
-    """The configuration of a new run: flags, then ``--set``, then the config file, then the teacher's recipe."""
-    name = resolve(flags, overrides, file).teacher
-    recipe = load(name).teacher.recipe()
-    return _whole_paths(resolve(flags, overrides, file, recipe))
-
-
-def resume_config(
-    run: Path, flags: Mapping[str, object], overrides: Mapping[str, object], file: Mapping[str, object]
-) -> DistillConfig:
-    """The stored configuration with what may change on ``--resume``: a longer ``steps``, and logging.
-
-    Raises `UsageError` for any other change.
-    """
-    stored = RunDir(run).config()
-    changed = _whole_paths(resolve(flags, overrides, file, dict(flatten(to_dict(stored)))))
-    refused = {
-        key: values
-        for key, values in differences(stored, changed).items()
-        if key not in RESUMABLE and not (key == "steps" and changed.steps > stored.steps)
-    }
-    if refused:
-        listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in refused.items())
-        raise UsageError(
-            f"--resume cannot change {listed} of {run}.",
-            "Only a longer --steps and logging may change; start a new run for the rest.",
-        )
-    return changed
-
-
-def _whole_paths(config: DistillConfig) -> DistillConfig:
-    """Paths are stored whole, so that the run can be used from anywhere."""
-
-    def whole(path: str) -> str:
-        return str(Path(path).resolve()) if Path(path).exists() else path
-
-    return dataclasses.replace(
-        config,
-        teacher=whole(config.teacher),
-        prompts=config.prompts and whole(config.prompts),
-        init_from=config.init_from and whole(config.init_from),
-    )
 
 
 def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Event]:
@@ -100,8 +54,13 @@ def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite
     if engine.is_main:
         rundir.create(work.config, keep=resume)
     session = _Session(rundir, work, trainer, loaded.family.name, engine)
-    yield Started(run, session.facts(loaded.origin), trainer.step, config.steps)
-    yield from session.events()
+    events = session.events()
+    if engine.is_main:
+        yield Started(run, session.facts(loaded.origin), trainer.step, config.steps)
+        yield from events
+    else:  # the other processes compute, and say nothing
+        for _ in events:
+            pass
 
 
 def _restore(trainer: Trainer, rundir: RunDir) -> None:

@@ -41,8 +41,9 @@ def evaluate(
     repeats: int = 1,
     reference: str | None = None,
     teacher_steps: tuple[int, ...] = (),
-    batch_size: int = 250,
+    batch_size: int = 64,
     device: Device = "auto",
+    save_reference: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, object]:
     """Measure a student and its teacher with the same seeds, conditions and reference.
@@ -60,6 +61,7 @@ def evaluate(
         teacher_steps: numbers of steps of the reference sampler to measure the teacher at.
         batch_size: images drawn at a time; changes the result by rounding at most.
         device: where to compute.
+        save_reference: a .safetensors file to keep the reference's statistics in, for later use as ``reference``.
         progress: called after each batch.
 
     Returns:
@@ -69,12 +71,16 @@ def evaluate(
     Raises `UsageError` for impossible arguments, `BootError` for broken files.
     """
     _check(metric, num_images, repeats, teacher_steps, batch_size)
+    if save_reference is not None and save_reference.suffix != ".safetensors":
+        raise UsageError(f"{save_reference}: statistics are kept in a .safetensors file.", "Change the file's ending.")
     began = time.perf_counter()
     artifact = load_student(run)
     config, engine = artifact.config, Engine(device, "no")
     teacher = load(config.teacher).teacher
     view = teacher_view(teacher, config, engine)
     against = reference_for(teacher, reference, engine.device)
+    if save_reference is not None:
+        write_reference(save_reference, against)
     student = artifact.student.to(engine.device)
     seeds = [range(seed + k * num_images, seed + (k + 1) * num_images) for k in range(repeats)]
     bench = _Bench(against, condition_of(teacher, config), seeds, engine.device, progress)
@@ -106,27 +112,6 @@ def evaluate(
     if run.is_dir():
         write_json(RunDir(run).evaluations / f"{metric}-{time.strftime('%Y%m%d-%H%M%S')}.json", result)
     return result
-
-
-def make_statistics(run: Path, reference: str, output: Path, *, device: Device = "auto") -> Reference:
-    """Keep the statistics of reference images in a .safetensors file, for later use as ``--reference``.
-
-    Args:
-        run: whose teacher's feature space is meant, where ``reference`` names no other.
-        reference: as in `evaluate`.
-        output: the file, which is replaced.
-        device: where to compute.
-
-    Raises as `evaluate`.
-    """
-    if output.suffix != ".safetensors":
-        raise UsageError(f"{output}: statistics are kept in a .safetensors file.", "Change the file's ending.")
-    config, engine = load_student(run).config, Engine(device, "no")
-    teacher = load(config.teacher).teacher
-    teacher.net.to(engine.device)
-    made = reference_for(teacher, reference, engine.device)
-    write_reference(output, made)
-    return made
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from bootcli.errors import BootError, UsageError
 from bootcli.exporters import Format, formats_of, largest_difference
 from bootcli.pipelines.setup import condition_of
 from bootcli.store.artifact import Artifact, load_student
-from bootcli.store.files import atomic_folder, write_json
+from bootcli.store.files import atomic_folder, check_free, write_json
 from bootcli.store.rundir import RunDir
 
 TOLERANCE = 1e-4
@@ -55,7 +55,9 @@ def export(run: Path, *, format: str, output: Path | None = None, overwrite: boo
     artifact = load_student(run)
     chosen = _pick(formats_of(artifact), format)
     folder = output or RunDir(artifact.home).exports / format
-    _check_free(folder, overwrite=overwrite)
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):  # the folder is replaced as a whole
+        raise UsageError(f"{folder} is the working folder or above it.", "Name a new folder with --output.")
+    check_free(folder, overwrite=overwrite, mark=FACTS)
     cond = condition_of(artifact.student.teacher, artifact.config)(range(2))
     with atomic_folder(folder) as temporary:
         chosen.write(artifact, temporary)
@@ -86,18 +88,3 @@ def _facts(artifact: Artifact, format: str, difference: float) -> dict[str, obje
         "nfe": 1,
         "max_abs_difference": difference,
     }
-
-
-def _check_free(folder: Path, *, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file.", "Name a folder with --output.")
-    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UsageError(f"{folder} is the working folder or above it.", "Name a new folder with --output.")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise UsageError(
-            f"The output folder {folder} is not empty.", "Choose another --output, or replace it with --overwrite."
-        )
-    if not (folder / FACTS).is_file():
-        raise UsageError(f"{folder} is not an export; it will not be overwritten.", "Choose another --output.")

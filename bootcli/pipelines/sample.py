@@ -20,6 +20,7 @@ from bootcli.images import enlarge, grid, save_png
 from bootcli.pipelines.setup import condition_of, teacher_view
 from bootcli.sampler import student_images, teacher_images
 from bootcli.store.artifact import Artifact, load_student
+from bootcli.store.files import check_free
 from bootcli.store.rundir import RunDir
 from bootcli.teachers.registry import load
 
@@ -92,7 +93,7 @@ def sample(
     if num_images < 1 or batch_size < 1 or (teacher_steps is not None and teacher_steps < 1):
         raise UsageError("Number of images, batch size and teacher steps must be at least 1.")
     if output is not None:
-        _check_free(output, overwrite=overwrite)
+        check_free(output, overwrite=overwrite)
     artifact = load_student(run)
     seeds = range(seed, seed + num_images)
     drawing = _draw(artifact, seeds, class_label, prompt, teacher_steps, batch_size, Engine(device, "no"))
@@ -179,13 +180,3 @@ def _settings(class_label: int | None, prompt: str | None, teacher_steps: int | 
     if prompt is not None:
         words = re.sub(r"\W+", "-", prompt.lower()).strip("-")
         yield f"{words[:40]}-{zlib.crc32(prompt.encode()):08x}"
-
-
-def _check_free(folder: Path, *, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file.", "Name a folder with --output.")
-    if not overwrite and folder.exists() and any(folder.iterdir()):
-        raise UsageError(
-            f"The output folder {folder} is not empty.",
-            "Choose another --output, or replace images of the same names with --overwrite.",
-        )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bootcli.errors import BootError
+from bootcli.errors import BootError, UsageError
 
 
 @contextmanager
@@ -64,3 +64,21 @@ def read_json(path: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise BootError(f"{path} is not a JSON object.", "The file is damaged; start from a fresh copy.")
     return value
+
+
+def check_free(folder: Path, *, overwrite: bool, mark: str | None = None) -> None:
+    """Raise `UsageError` unless files may be written into ``folder``: a new or empty one, or one to ``overwrite``.
+
+    Args:
+        folder: where the files will go.
+        overwrite: whether the user agrees to lose what is there.
+        mark: the file by which bootcli knows a folder of its own; without it nothing is ever overwritten.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file.", "Name a folder with --output.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"The output folder {folder} is not empty.", "Choose another --output, or use --overwrite.")
+    if mark is not None and not (folder / mark).is_file():
+        raise UsageError(f"{folder} has no {mark}, so it is not overwritten.", "Choose another --output.")

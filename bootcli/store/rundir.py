@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bootcli.config import DistillConfig, from_dict, to_dict
 from bootcli.errors import BootError, UsageError
-from bootcli.store.files import read_json, write_json
+from bootcli.store.files import check_free, read_json, write_json
 
 RUNS = Path("runs")
 
@@ -72,19 +72,7 @@ class RunDir:
 
     def check_free(self, *, overwrite: bool) -> None:
         """Raise `UsageError` for a folder that is not empty, unless ``overwrite`` and it holds an earlier run."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"{self.path} is a file.", "Name a folder with --output.")
-        if not self.path.exists() or not any(self.path.iterdir()):
-            return
-        if not overwrite:
-            raise UsageError(
-                f"The output folder {self.path} is not empty.",
-                "Choose another --output, go on with --resume, or replace it with --overwrite.",
-            )
-        if not self.config_file.exists():
-            raise UsageError(
-                f"{self.path} is not a run folder; it will not be overwritten.", "Choose another --output."
-            )
+        check_free(self.path, overwrite=overwrite, mark=self.config_file.name)
 
     def create(self, config: DistillConfig, *, keep: bool) -> None:
         """Write the configuration into the folder; unless ``keep``, the files of an earlier run there go away."""

@@ -26,6 +26,9 @@ GROUP = "bootcli.teachers"
 SWITCH = "BOOTCLI_PLUGINS"
 """Environment variable: distributions, comma separated, whose plugins are used beside bootcli's own. Unset: all."""
 
+LOCAL = "local path"
+"""The origin of a teacher that lies on this machine."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -106,7 +109,7 @@ def resolve(name: str) -> Resolved:
         return _alias(name, owners)
     path = Path(name).expanduser()
     if name and path.exists():
-        return Resolved(_reader(path, families), str(path), "local path")
+        return Resolved(_reader(path, families), str(path), LOCAL)
     if _HUB_ID.fullmatch(name):
         return _hub(None, name)
     raise _unknown(name, families)
@@ -178,7 +181,7 @@ def _within(one: Installed, source: str) -> Resolved:
         return _alias(source, [one])
     path = Path(source).expanduser()
     if source and path.exists():
-        return Resolved(family, str(path), "local path")
+        return Resolved(family, str(path), LOCAL)
     if _HUB_ID.fullmatch(source):
         return _hub(family, source)
     raise _unknown(source, [one])

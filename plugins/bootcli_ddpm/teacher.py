@@ -127,11 +127,8 @@ class DDPMTeacher(Teacher):
 
     def describe(self) -> dict[str, str]:
         """See `Teacher.describe`."""
-        channels, height, width = self.spec.sample_shape
         facts = {
             "architecture": f"UNet2DModel, {_millions(sum(p.numel() for p in self.net.parameters()))} parameters",
-            "images": f"{height}x{width}, {channels} channel{'s' if channels > 1 else ''}",
-            "predicts": str(self.process.config["prediction_type"]),
             "schedule": self.process.summary,
             "range of x_0": _range(self.spec),
             "attention": "yes" if self._has_attention() else "no: there is nothing for a LoRA to adapt",

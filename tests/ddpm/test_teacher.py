@@ -232,9 +232,7 @@ def test_description_and_card(make_folder: MakeFolder) -> None:
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     facts = family.load(folder).describe()
     assert facts["licence"] == "apache-2.0"
-    assert facts["predicts"] == "epsilon"
     assert facts["schedule"] == "linear betas, 1000 timesteps"
-    assert facts["images"] == "8x8, 3 channels"
     assert facts["range of x_0"] == "clipped to [-1, 1]"
     assert facts["architecture"].startswith("UNet2DModel, ")
     for junk in (b"---\n{ license: [\n---\n", b"---\n- a\n---\n", b"\xff\xfe", b""):

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from bootcli.plugin import BootError, UsageError, check_teacher
 from bootcli_glyphs import family
 from bootcli_glyphs.drawing import CLASSES, draw
+
+from bootcli.plugin import BootError, UsageError, check_teacher
 
 SHIPPED = Path(family.aliases["glyphs-8"].source)
 

@@ -1,0 +1,59 @@
+"""The configuration of a run, new or resumed. Light: torch comes in only with a teacher's recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from bootcli.config import RESUMABLE, DistillConfig, differences, flatten, resolve, to_dict
+from bootcli.errors import UsageError
+from bootcli.store.rundir import RunDir
+from bootcli.teachers import registry
+
+
+def resolve_config(
+    flags: Mapping[str, object], overrides: Mapping[str, object], file: Mapping[str, object]
+) -> DistillConfig:
+    """The configuration of a new run: flags, then ``--set``, then the config file, then the teacher's recipe."""
+    name = resolve(flags, overrides, file).teacher
+    recipe = registry.load(name).teacher.recipe()
+    return _whole_paths(resolve(flags, overrides, file, recipe))
+
+
+def resume_config(
+    run: Path, flags: Mapping[str, object], overrides: Mapping[str, object], file: Mapping[str, object]
+) -> DistillConfig:
+    """The stored configuration with what may change on ``--resume``: a longer ``steps``, and logging.
+
+    Raises `UsageError` for any other change.
+    """
+    stored = RunDir(run).config()
+    changed = _whole_paths(resolve(flags, overrides, file, dict(flatten(to_dict(stored)))))
+    refused = {
+        key: values
+        for key, values in differences(stored, changed).items()
+        if key not in RESUMABLE and not (key == "steps" and changed.steps > stored.steps)
+    }
+    if refused:
+        listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in refused.items())
+        raise UsageError(
+            f"--resume cannot change {listed} of {run}.",
+            "Only a longer --steps and logging may change; start a new run for the rest.",
+        )
+    return changed
+
+
+def _whole_paths(config: DistillConfig) -> DistillConfig:
+    """Paths are stored whole, so that the run can be used from anywhere."""
+
+    def whole(path: str) -> str:
+        return str(Path(path).resolve()) if Path(path).exists() else path
+
+    teacher = registry.resolve(config.teacher)
+    return dataclasses.replace(
+        config,
+        teacher=whole(config.teacher) if teacher.origin == registry.LOCAL else config.teacher,
+        prompts=config.prompts and whole(config.prompts),
+        init_from=config.init_from and whole(config.init_from),
+    )
