@@ -35,6 +35,8 @@ class StudentConfig:
     """Output parameterisation; auto is the teacher's own advice."""
     max_gain: Annotated[float, Ge(1)] = 20.0
     """Largest 1 / alpha at which an eps teacher is asked; sets t_max."""
+    start_t: Fraction = 0.5
+    """Time of the teacher whose features an x0 head starts with."""
     t_min: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Target time of a sample."""
 
@@ -49,10 +51,10 @@ class OptimizerConfig:
     weight_decay: Annotated[float, Ge(0)] = 0.0
     clip_norm: PositiveFloat = 1.0
     """Largest gradient norm."""
-    warmup_steps: Count = 100
+    warmup_steps: Count = 500
     decay: Literal["constant", "cosine", "linear"] = "cosine"
     """Learning rate after the warm-up, down to 0 at the last step."""
-    ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.995
+    ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.999
     """Decay of the weight average that is sampled, after its own warm-up."""
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -63,12 +65,13 @@ class OptimizerConfig:
 class BootConfig:
     """The BOOT objective (`bootcli.objectives.boot`)."""
 
-    delta: Annotated[float, Gt(0), Le(1)] = 0.05
+    delta: Annotated[float, Gt(0), Le(1)] = 0.1
     """Bootstrap step t - s, as a fraction of the time range."""
-    solver: Literal["euler", "midpoint", "heun"] = "euler"
+    solver: Literal["euler", "midpoint", "heun"] = "midpoint"
     """Teacher step."""
-    weight: Literal["uniform", "velocity", "target"] = "uniform"
-    """w_t: 1; 1 / tau^2 with tau = sigma / (alpha + sigma); or (1 - r)^2, the plain error of the target."""
+    weight: Literal["auto", "uniform", "velocity", "target"] = "auto"
+    """w_t: 1; 1 / tau^2 with tau = sigma / (alpha + sigma); or (1 - r)^2, the plain error of the target. Auto is
+    velocity for a flow teacher, else uniform."""
     beta: Annotated[float, Ge(0)] = 1.0
     """Weight of the boundary term."""
     boundary_every: Positive = 4
@@ -87,9 +90,9 @@ class DistillConfig:
     classes: tuple[Count, ...] | None = None
     """Class labels to distil; None is all of them."""
     guidance_scale: Annotated[float, Ge(0)] = 1.0
-    steps: Positive = 1000
+    steps: Positive = 20_000
     batch_size: Positive = 64
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: PositiveFloat = 2e-4
     seed: Count = 0
     device: Device = "auto"
     mixed_precision: MixedPrecision | None = None
@@ -97,10 +100,10 @@ class DistillConfig:
     init_from: str | None = None
     """Run whose student is the starting point."""
     log_every: Positive = 10
-    preview_every: Count = 250
+    preview_every: Count = 1000
     """Steps between preview grids; 0 is only at the end."""
     preview_teacher_steps: Positive = 50
-    checkpoint_every: Count = 250
+    checkpoint_every: Count = 1000
     """Steps between checkpoints; 0 is only at the end."""
     keep_checkpoints: Positive = 2
     student: StudentConfig = field(default_factory=StudentConfig)

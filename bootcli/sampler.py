@@ -58,7 +58,7 @@ def teacher_images(
     if not (times.diff() < 0).all():
         raise UsageError(f"The teacher has no {steps} timesteps to step through.", "Take fewer teacher steps.")
     for batch in _batches(seeds, batch_size):
-        x = prior_noise(batch, view.teacher.spec.sample_shape).to(engine.device)
+        x = view.schedule.prior_scale * prior_noise(batch, view.teacher.spec.sample_shape).to(engine.device)
         cond = cond_of(batch).to(engine.device)
         with engine.autocast():
             z = _last(ddim(partial(view.x0, cond=cond), view.schedule, x, times))

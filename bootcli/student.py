@@ -95,21 +95,28 @@ class Student(nn.Module):
         return self._read(self._predict(eps, cond), eps)
 
     def _predict(self, eps: Tensor, cond: Cond) -> Tensor:
-        return self.teacher.predict(self.net, eps, torch.ones(len(eps), dtype=torch.float64), cond)
+        start = self.teacher.spec.schedule.prior_scale * eps
+        return self.teacher.predict(self.net, start, torch.ones(len(eps), dtype=torch.float64), cond)
 
     def _read(self, output: Tensor, eps: Tensor) -> Tensor:
         if self.head == "x0":
             return output.float()
         spec = self.teacher.spec
         at = spec.schedule(torch.ones(len(eps), dtype=torch.float64))
-        # The prior is N(0, 1); the path's own start is sigma * eps, which is eps where sigma = 1.
-        return to_x0(spec.prediction, output.float(), eps.float(), at)
+        return to_x0(spec.prediction, output.float(), spec.schedule.prior_scale * eps.float(), at)
 
-    def start_at(self, mean: Tensor) -> None:
-        """Re-initialise the last layer of an ``x0`` head so that the output is near ``mean``, shape (c,).
+    def start_at(self, mean: Tensor, start_t: float, eps: Tensor, cond: Cond) -> None:
+        """Make an ``x0`` head a good place to start from.
 
-        The teacher's last layer speaks another language (eps); its weights are kept at a small scale, so that the
-        gradient reaches the layers below from the first step.
+        The last layer spoke another language (eps): its weights are kept at a small scale, so that the gradient reaches
+        the layers below from the first step, and its bias becomes ``mean``. And at t = 1 an eps network does little but
+        copy its input, while at middle times its features draw: the bias of the time embedding is shifted so that the
+        copy, called at t = 1, starts with the features of ``start_t``. It stays a stock network.
+
+        Args:
+            mean: of the teacher's x_0 at the start of the path, shape (c,).
+            start_t: the time whose features the copy starts with.
+            eps, cond: any samples to call the network with.
         """
         layer = self.teacher.output_layer(self.net)
         weight, bias = layer.weight, layer.bias
@@ -118,3 +125,19 @@ class Student(nn.Module):
         with torch.no_grad():
             weight.mul_(1 / math.sqrt(weight[0].numel()))
             bias.copy_(mean)
+            shift = self._embedding(start_t, eps, cond) - self._embedding(1.0, eps, cond)
+            site, width = self.teacher.embedding_site(self.net)
+            biases = [p for name, p in site.named_parameters() if name.endswith("bias") and p.shape == (width,)]
+            if biases:  # the last one is that of the embedding's last layer
+                biases[-1].add_(shift)
+
+    def _embedding(self, t: float, eps: Tensor, cond: Cond) -> Tensor:
+        """The time embedding at t, shape (width,)."""
+        site, _ = self.teacher.embedding_site(self.net)
+        seen: list[Tensor] = []
+        handle = site.register_forward_hook(lambda module, args, output: seen.append(output.detach().float()))
+        try:
+            self.teacher.predict(self.net, eps, torch.full((len(eps),), t, dtype=torch.float64), cond)
+        finally:
+            handle.remove()
+        return seen[0][0]

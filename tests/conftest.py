@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# Before torch: the tests run in parallel, and so many small networks are fastest on one thread each.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -191,12 +191,8 @@ def no_bias(teacher: GaussianMixtureTeacher) -> None:
 
 
 def site(name: str, width: int) -> GaussianMixtureTeacher:
-    return edited_patchwork("embedding_site", name, width)
-
-
-def edited_patchwork(method: str, name: str, *rest: object) -> GaussianMixtureTeacher:
     teacher = mixture(Patchwork)
-    setattr(teacher, method, lambda net: (net.get_submodule(name), *rest) if rest else net.get_submodule(name))
+    teacher.embedding_site = lambda net: (net.get_submodule(name), width)  # type: ignore[method-assign]
     return teacher
 
 
@@ -255,7 +251,7 @@ CASES: Mapping[str, Case] = {
     "site of another shape": Case("embedding_site_moves_the_prediction", lambda: site("output", 2)),
     "foreign layer": Case("output_layer_is_last", lambda: answering("output_layer", nn.Linear(2, 2))),
     "layer without bias": Case("output_layer_is_last", lambda: edited(no_bias)),
-    "layer before the last": Case("output_layer_is_last", lambda: edited_patchwork("output_layer", "output")),
+    "layer before the last": Case("output_layer_is_last", lambda: mixture(Patchwork)),
     "checkpointing changes": Case("gradient_checkpointing_is_neutral", lambda: mixture(Confusion)),
     "every class": Case("conditions_are_checked", lambda: mixture(AnyClass, conditioning="class")),
     "text without text": Case("conditions_are_checked", lambda: respec(conditioning="text")),

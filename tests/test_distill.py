@@ -70,7 +70,7 @@ def test_a_run_tells_its_story_and_leaves_its_folder(settings: dict[str, object]
     assert len(list((run / "checkpoints").iterdir())) == 2, "only the newest are kept"
     config = json.loads((run / "config.json").read_text())
     assert config["student"]["head"] == "x0"
-    assert config["mixed_precision"] == "no"
+    assert config["mixed_precision"] in ("no", "bf16"), "what the machine is best at, written down"
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(settings: dict[str, object], tmp_path: Path) -> None:

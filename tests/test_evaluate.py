@@ -403,6 +403,7 @@ def test_an_evaluation_says_all_it_takes_to_repeat_it(at_hand: Teacher, tiny_run
         "method": "ddim",
         "eta": 0.0,
         "timestep_spacing": "trailing",
+        "use_clipped_model_output": True,
         "threshold": "Clip(bound=1.0)",
         "guidance_scale": 1.0,
         "precision": "float32",

@@ -59,7 +59,7 @@ ObjectiveOption = Annotated[
 ]
 StepsOption = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Updates.", show_default=recipe(1000), rich_help_panel=TRAINING),
+    typer.Option(metavar="N", help="Updates.", show_default=recipe(20_000), rich_help_panel=TRAINING),
 ]
 BatchSizeOption = Annotated[
     int | None,
@@ -75,7 +75,7 @@ LearningRateOption = Annotated[
     typer.Option(
         metavar="X",
         help="Peak learning rate.",
-        show_default=recipe(0.001),
+        show_default=recipe(0.0002),
         rich_help_panel=TRAINING,
     ),
 ]
@@ -116,7 +116,7 @@ PreviewOption = Annotated[
     typer.Option(
         metavar="N",
         help="Steps between pictures; 0: at the end only.",
-        show_default=recipe(250),
+        show_default=recipe(1000),
         rich_help_panel=RUN,
     ),
 ]
@@ -125,7 +125,7 @@ CheckpointOption = Annotated[
     typer.Option(
         metavar="N",
         help="Steps between saved states; 0: at the end only.",
-        show_default=recipe(250),
+        show_default=recipe(1000),
         rich_help_panel=RUN,
     ),
 ]

@@ -40,6 +40,11 @@ class Schedule(ABC):
         """
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
+    @property
+    def prior_scale(self) -> float:
+        """Standard deviation of the noise a sampler starts from: 1, or sigma_max where the variance explodes."""
+        return 1.0
+
     def terminal_snr(self) -> float:
         """(alpha / sigma)^2 at t = 1; 0.0 for a schedule that ends in pure noise."""
         alpha, sigma = self(torch.ones(1, dtype=torch.float64))
@@ -138,6 +143,11 @@ class VarianceExploding(Schedule):
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+
+    @property
+    def prior_scale(self) -> float:
+        """sigma_max."""
+        return self.sigma_max
 
     def __call__(self, t: Tensor) -> Coefficients:
         """Coefficients at times ``t``; see `Schedule`."""

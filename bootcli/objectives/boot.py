@@ -101,7 +101,7 @@ class Boot:
     def _weight(self, t: Tensor, one_minus_r: Tensor) -> Tensor:
         """w_t, shape (b,), float64."""
         match self.config.weight:
-            case "uniform":
+            case "uniform" | "auto":  # auto is resolved where the teacher is known
                 return torch.ones_like(t)
             case "velocity":
                 delta = self.config.delta * (self.t_max - self.t_min)

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from bootcli.config import RESUMABLE, DistillConfig, differences, flatten, resolve, to_dict
-from bootcli.errors import UsageError
+from bootcli.config import RESUMABLE, DistillConfig, check_recipe, differences, flatten, resolve, to_dict
+from bootcli.errors import BootError, UsageError
 from bootcli.store.rundir import RunDir
 from bootcli.teachers import registry
 
@@ -18,6 +18,10 @@ def resolve_config(
     """The configuration of a new run: flags, then ``--set``, then the config file, then the teacher's recipe."""
     name = resolve(flags, overrides, file).teacher
     recipe = registry.load(name).teacher.recipe()
+    try:
+        check_recipe(recipe)
+    except UsageError as error:
+        raise BootError(f"The recipe of the teacher {name} is broken: {error.message}", error.hint) from error
     return _whole_paths(resolve(flags, overrides, file, recipe))
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from bootcli.config import DistillConfig
 from bootcli.engine import Engine
@@ -111,10 +110,14 @@ def set_up(teacher: Teacher, config: DistillConfig, engine: Engine) -> Distillat
     view = teacher_view(teacher, config, engine)
     t_max = start_time(teacher, config)
     head = teacher.head() if config.student.head == "auto" else config.student.head
+    weight = config.boot.weight
+    if weight == "auto":
+        weight = "velocity" if teacher.spec.prediction == "flow" else "uniform"
     config = dataclasses.replace(
         config,
         mixed_precision=engine.mixed_precision,
         student=dataclasses.replace(config.student, head=head),
+        boot=dataclasses.replace(config.boot, weight=weight),
     )
     torch.manual_seed(config.seed)  # the new layers of the student
     student = Student(teacher, head, config.student.t_min).to(engine.device)
@@ -123,7 +126,7 @@ def set_up(teacher: Teacher, config: DistillConfig, engine: Engine) -> Distillat
     if config.init_from is not None:
         _start_from(student, Path(config.init_from))
     elif head == "x0":
-        student.start_at(mean_start(view, pool, t_max, config.seed, engine))
+        start_x0_head(student, view, pool, t_max, config, engine)
     if config.optimizer.compile:
         student.net.compile()
         teacher.net.compile()
@@ -144,14 +147,16 @@ def start_time(teacher: Teacher, config: DistillConfig) -> float:
 
 
 @torch.no_grad()
-def mean_start(view: TeacherView, pool: Cond, t_max: float, seed: int, engine: Engine) -> Tensor:
-    """The teacher's mean x_0 at the start of the path, per channel, shape (c,): from 64 noises."""
-    eps = prior_noise(range(seed, seed + 64), view.teacher.spec.sample_shape).to(engine.device)
+def start_x0_head(
+    student: Student, view: TeacherView, pool: Cond, t_max: float, config: DistillConfig, engine: Engine
+) -> None:
+    """Start near the teacher's mean x_0 at the start of the path, per channel, measured on 64 noises."""
+    eps = prior_noise(range(config.seed, config.seed + 64), view.teacher.spec.sample_shape).to(engine.device)
     t = torch.full((64,), t_max, dtype=torch.float64)
     size = next((len(tensor) for tensor in pool.tensors.values()), 1)
     cond = pool.rows(torch.arange(64) % size).to(engine.device)
-    with engine.autocast():
-        return view.x0(like(view.schedule(t).sigma, eps) * eps, t, cond).mean((0, 2, 3))
+    mean = view.x0(like(view.schedule(t).sigma, eps) * eps, t, cond).mean((0, 2, 3))
+    student.start_at(mean, config.student.start_t, eps, cond)
 
 
 def _start_from(student: Student, run: Path) -> None:

@@ -101,7 +101,7 @@ def _model_card(teacher: Teacher) -> str:
     return _CARD.format(
         front_matter=data.to_yaml(),
         source=f" ([{source}](https://huggingface.co/{source}))" if source else "",
-        shape=card["images"].replace(",", " pixels,"),
+        shape=f"{height}x{width} pixels, {channels} channel{'s' if channels > 1 else ''}",
         note=note,
         snippet=snippet,
     )

@@ -24,11 +24,12 @@ from bootcli.plugin import (
     TeacherSpec,
     UsageError,
 )
-from bootcli_ddpm.layout import read_layout
+from bootcli_ddpm.layout import read_json, read_layout
 from bootcli_ddpm.network import make_network, make_spec, try_out
 from bootcli_ddpm.scheduler import Process, init_arguments, process_of, read_process
 from bootcli_ddpm.weights import fit_weights, read_weights
 
+RECIPE = "recipe.json"
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)")
 
@@ -100,6 +101,12 @@ class DDPMTeacher(Teacher):
         parts = {"unet": self._arguments, "scheduler": self.process.config, "card": self.card}
         config: dict[str, object] = json.loads(json.dumps(parts))  # tuples become lists: what a file gives back
         return config
+
+    def recipe(self) -> dict[str, object]:
+        """The settings in the folder's ``recipe.json``, if it has one; see `Teacher.recipe`."""
+        if self._folder is None or not (self._folder / RECIPE).is_file():
+            return {}
+        return read_json(self._folder / RECIPE)
 
     def lora_targets(self) -> tuple[str, ...]:
         """The projections of the attention blocks, where the network has any."""
