@@ -33,7 +33,9 @@ def student_of(folder: Path, head: Head) -> Student:
     """With its time branch and its last layer moved, as after training."""
     student = Student(family.load(folder), head, t_min=0.01)
     torch.nn.init.normal_(student.time_branch.out.weight)
-    student.start_at(torch.full((student.teacher.spec.sample_shape[0],), 0.1))
+    spec = student.teacher.spec
+    cond = student.teacher.condition([0] if spec.conditioning == "class" else [None])
+    student.start_at(torch.full((spec.sample_shape[0],), 0.1), 0.5, torch.randn(1, *spec.sample_shape), cond)
     return student
 
 
