@@ -43,8 +43,10 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Optimisation (`bootcli.trainer`)."""
+    """Optimisation (`bootcli.optimizer`, `bootcli.trainer`)."""
 
+    name: Literal["muon", "adamw"] = "muon"
+    """Both take the same learning rate; Muon learns more per update, and keeps one moment instead of two."""
     accumulation: Positive = 1
     """Batches per update."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bootcli.config import DistillConfig, OptimizerConfig
+from bootcli.config import DistillConfig
 from bootcli.ema import EMA
 from bootcli.engine import Engine
 from bootcli.errors import BootError
 from bootcli.objectives.base import Objective, Terms
+from bootcli.optimizer import learning_rate, make_optimizer
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond
 
@@ -59,15 +60,6 @@ def stream(seed: int, *place: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def learning_rate(config: OptimizerConfig, peak: float, step: int, steps: int) -> float:
-    """The learning rate of update ``step`` (from 1) of ``steps``: linear warm-up, then constant, cosine or linear."""
-    if step <= config.warmup_steps:
-        return peak * step / config.warmup_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
-    factor = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress}
-    return peak * factor[config.decay]
-
-
 class Trainer:
     """The state of a training run and the loop that advances it.
 
@@ -96,14 +88,7 @@ class Trainer:
         self.engine = engine
         self.step = 0
         self.ema = EMA(student, config.optimizer.ema_decay)
-        adam = torch.optim.AdamW(
-            student.parameters(),
-            lr=config.learning_rate,
-            betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
-            fused=engine.device.type in ("cpu", "cuda"),
-        )
-        self._module, self.optimizer = engine.prepare(student, adam)
+        self._module, self.optimizer = engine.prepare(student, make_optimizer(student, config))
 
     def run(self) -> Iterator[StepReport]:
         """Advance to ``config.steps``, one report per update.
@@ -157,7 +142,8 @@ class Trainer:
         tensors = {f"student.{name}": p.detach() for name, p in self.student.state_dict().items()}
         tensors |= {f"ema.{name}": p for name, p in self.ema.weights.items()}
         optimizer = self.optimizer.state_dict()["state"]
-        tensors |= {f"optimizer.{i}.{name}": v for i, slots in optimizer.items() for name, v in slots.items()}
+        slots = ((f"optimizer.{i}.{name}", value) for i, slot in optimizer.items() for name, value in slot.items())
+        tensors |= {name: value for name, value in slots if isinstance(value, Tensor)}  # flags are made anew
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.engine.device)
