@@ -9,27 +9,19 @@ import torch
 from torch import nn
 
 from bootcli.config import DistillConfig, OptimizerConfig
+from bootcli.muon import Muon
 
 
 def make_optimizer(student: nn.Module, config: DistillConfig) -> torch.optim.Optimizer:
     """The optimiser of all the student's parameters.
 
-    ``muon`` (Jordan et al. 2024) makes the update of every matrix and convolution orthogonal; biases, norms and layers
-    that are hardly matrices take AdamW steps with Nesterov momentum. Its steps are scaled to the size of AdamW's (Liu
-    et al. 2025, arXiv 2502.16982), so both names take the same learning rate.
+    Both names take the same learning rate.
     """
     settings = config.optimizer
     match settings.name:
         case "muon":
-            from timm.optim.muon import Muon  # here, because timm takes two seconds to import
-
             return Muon(
-                student.parameters(),
-                lr=config.learning_rate,
-                weight_decay=settings.weight_decay,
-                nesterov=True,
-                adjust_lr_fn="match_rms_adamw",
-                betas=settings.betas,
+                student.parameters(), config.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
             )
         case "adamw":
             return torch.optim.AdamW(

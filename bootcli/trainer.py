@@ -142,8 +142,7 @@ class Trainer:
         tensors = {f"student.{name}": p.detach() for name, p in self.student.state_dict().items()}
         tensors |= {f"ema.{name}": p for name, p in self.ema.weights.items()}
         optimizer = self.optimizer.state_dict()["state"]
-        slots = ((f"optimizer.{i}.{name}", value) for i, slot in optimizer.items() for name, value in slot.items())
-        tensors |= {name: value for name, value in slots if isinstance(value, Tensor)}  # flags are made anew
+        tensors |= {f"optimizer.{i}.{name}": v for i, slots in optimizer.items() for name, v in slots.items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.engine.device)

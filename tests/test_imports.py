@@ -19,7 +19,7 @@ LAYERS = [
     {"bootcli.maths"},
     {"bootcli.teachers"},
     {"bootcli.closed_form", "bootcli.testing", "bootcli.testing_network", "bootcli.plugin"},
-    {"bootcli.student", "bootcli.ema", "bootcli.engine", "bootcli.optimizer"},
+    {"bootcli.student", "bootcli.ema", "bootcli.engine", "bootcli.muon", "bootcli.optimizer"},
     {"bootcli.objectives"},
     {"bootcli.trainer"},
     {"bootcli.store"},
@@ -34,7 +34,6 @@ ONLY_IN = {
     "accelerate": {"bootcli.engine"},
     "PIL": {"bootcli.images"},
     "cleanfid": {"bootcli.evaluate"},
-    "timm": {"bootcli.optimizer"},
     "diffusers": set(),
     "transformers": set(),
 }
