@@ -40,7 +40,9 @@ class TeacherFamily:
         build: ``Teacher.config()`` -> the same teacher with untrained weights, for a stored student. Runs no code
             from the folder.
         aliases: short names.
-        hub_files: patterns of the files that ``load`` needs from a hub repository, beside its ``*.json`` and card.
+        hub_weights: which files hold the weights in a hub repository: alternatives, the best first, each a tuple of
+            patterns. The first that the repository has a file of is fetched, beside its ``*.json`` and card.
+        hub_files: patterns of other files that ``load`` needs.
     """
 
     name: str
@@ -50,4 +52,5 @@ class TeacherFamily:
     load: Callable[[Path], Teacher]
     build: Callable[[Mapping[str, object]], Teacher]
     aliases: Mapping[str, Alias] = field(default_factory=dict)
+    hub_weights: tuple[tuple[str, ...], ...] = ()
     hub_files: tuple[str, ...] = ()

@@ -33,7 +33,11 @@ def fetch(hub_id: str, families: Sequence[TeacherFamily]) -> tuple[TeacherFamily
             several if readers else "\n".join(["Accepted:", *accepted]),
         )
     family = readers[0]
-    return family, _download(hub_id, (*CARD, *family.hub_files))
+    for weights in family.hub_weights or ((),):
+        folder = _download(hub_id, (*CARD, *family.hub_files, *weights))
+        if any(any(folder.glob(pattern)) for pattern in weights):
+            break
+    return family, folder
 
 
 def _download(hub_id: str, patterns: Sequence[str]) -> Path:

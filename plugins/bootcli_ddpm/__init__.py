@@ -42,8 +42,12 @@ _ALIASES = {
     "flowers": Alias("anton-l/ddpm-ema-flowers-64", "Oxford flowers, 64x64"),
 }
 
-# No variants (*.fp16.*): the whole names, and numbered shards.
-_WEIGHTS = tuple(f"diffusion_pytorch_model{part}.{kind}" for kind in ("safetensors", "bin") for part in ("", "-*"))
+_STEM = "diffusion_pytorch_model"
+
+
+def _weights(*names: str) -> tuple[str, ...]:
+    return (*names, *(f"unet/{name}" for name in names))
+
 
 family = TeacherFamily(
     name="ddpm",
@@ -56,5 +60,10 @@ family = TeacherFamily(
     load=_load,
     build=_build,
     aliases=_ALIASES,
-    hub_files=(*_WEIGHTS, *(f"unet/{name}" for name in _WEIGHTS), "features/*.safetensors"),
+    hub_weights=(
+        _weights(f"{_STEM}.safetensors", f"{_STEM}-*.safetensors"),
+        _weights(f"{_STEM}.bin", f"{_STEM}-*.bin"),
+        _weights(f"{_STEM}.fp16.safetensors"),
+    ),
+    hub_files=("features/*.safetensors",),
 )

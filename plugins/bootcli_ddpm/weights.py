@@ -19,6 +19,7 @@ _FILES = (
     f"{_STEM}.safetensors.index.json",
     f"{_STEM}.bin",
     f"{_STEM}.bin.index.json",
+    f"{_STEM}.fp16.safetensors",
 )
 _AGAIN = "The file may be cut short or a git-lfs pointer: download it again."
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from bootcli.errors import BootError, UsageError
 from bootcli.teachers import hub, registry
@@ -142,30 +146,57 @@ def test_listing_imports_no_torch(heavy: Callable[..., tuple[int, str, list[str]
 
 
 class Hub:
-    """Stands in for the hub client: serves one folder, remembers what was asked for."""
+    """Stands in for the hub client: serves the wanted files of one folder, remembers what it gave."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.asked: list[list[str]] = []
+    def __init__(self, repository: Path, cache: Path) -> None:
+        self.repository = repository
+        self.cache = cache
+        self.given: list[set[str]] = []
 
     def __call__(self, hub_id: str, allow_patterns: list[str]) -> str:
-        self.asked.append(allow_patterns)
-        return str(self.folder)
+        names = [str(file.relative_to(self.repository)) for file in self.repository.rglob("*") if file.is_file()]
+        wanted = {name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)}
+        for name in wanted:
+            (self.cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.repository / name, self.cache / name)
+        self.given.append(wanted)
+        return str(self.cache)
 
 
-def test_the_hub_gives_small_files_first(tiny_ddpm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    serving = Hub(tiny_ddpm)
+SAFE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("stored", "fetched"),
+    [
+        ([SAFE, "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"], SAFE),
+        (["diffusion_pytorch_model.bin"], "diffusion_pytorch_model.bin"),
+        (["diffusion_pytorch_model.fp16.safetensors"], "diffusion_pytorch_model.fp16.safetensors"),
+    ],
+)
+def test_the_hub_gives_small_files_first_and_weights_once(
+    tiny_ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: list[str], fetched: str
+) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(tiny_ddpm, repository)
+    tensors = load_file(repository / "unet" / SAFE)
+    (repository / "unet" / SAFE).unlink()
+    for name in stored:
+        file = repository / "unet" / name
+        torch.save(tensors, file) if file.suffix == ".bin" else save_file(tensors, file)
+    serving = Hub(repository, tmp_path / "cache")
     monkeypatch.setattr("huggingface_hub.snapshot_download", serving)
     loaded = registry.load("someone/something")
     assert loaded.family.name == "ddpm"
     assert loaded.origin == "huggingface.co/someone/something"
-    first, second = serving.asked
-    assert first == list(hub.CARD)
-    assert set(second) == {*hub.CARD, *loaded.family.hub_files}
+    assert all(name.endswith((".json", ".md")) for name in serving.given[0])
+    weights = {name for given in serving.given for name in given if "diffusion_pytorch_model" in name}
+    assert weights == {f"unet/{fetched}"}
+    assert all(torch.equal(loaded.teacher.net.state_dict()[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_hub_repository_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path, tmp_path / "cache"))
     with pytest.raises(BootError, match="No installed teacher family reads someone/something") as error:
         registry.load("someone/something")
     assert "ddpm:" in error.value.hint

@@ -40,5 +40,5 @@ family = TeacherFamily(
     load=_load,
     build=_build,
     aliases={"glyphs-8": Alias(str(Path(__file__).parent / "weights"), "dots, rings, bars and crosses, 8x8 grey")},
-    hub_files=(WEIGHTS,),
+    hub_weights=((WEIGHTS,),),
 )

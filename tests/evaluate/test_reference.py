@@ -1,0 +1,216 @@
+"""References good and hostile: the teacher's own, folders, statistics files, Inception."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cleanfid import fid
+from cleanfid.inception_torchscript import InceptionV3W
+from torch import Tensor, nn
+
+from bootcli import evaluate as metrics
+from bootcli.errors import BootError, UsageError
+from bootcli.evaluate import (
+    Inception,
+    Reference,
+    folder_images,
+    frechet,
+    reference_for,
+    statistics_of,
+    write_reference,
+)
+from bootcli.images import save_png
+from bootcli.plugin import FeatureSpace, Teacher
+
+from .conftest import CPU, DIM, Corners, gaussian
+
+# -- references -------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_reference_is_the_teachers_own(teacher: Teacher, own_space: FeatureSpace) -> None:
+    reference = reference_for(teacher, None, CPU)
+    assert (reference.feature_space, reference.source, reference.floor) == ("corners-5", "made up", 0.5)
+    assert reference.statistics.cov.dtype == np.float64
+    assert reference.network is own_space.network
+
+
+def test_a_teacher_without_a_feature_space_needs_a_reference(tiny_teacher: Teacher, tmp_path: Path) -> None:
+    for words, match in ((None, "brings no reference"), (str(tmp_path), "no feature network of its own")):
+        with pytest.raises(UsageError, match=match) as caught:
+            reference_for(tiny_teacher, words, CPU)
+        assert "inception-clean:PATH" in caught.value.hint
+
+
+def test_a_folder_is_read_in_the_teachers_own_features(teacher: Teacher, pictures: tuple[Path, Tensor]) -> None:
+    folder, pixels = pictures
+    reference = reference_for(teacher, str(folder), CPU)
+    np.testing.assert_array_equal(reference.statistics.mean, pixels.double().flatten(1)[:, :DIM].mean(0).numpy())
+    assert (reference.feature_space, reference.source, reference.floor) == ("corners-5", str(folder), None)
+    assert reference.statistics.num_images == 12
+
+
+def test_images_of_another_kind_are_not_bent_to_fit(teacher: Teacher, pictures: tuple[Path, Tensor]) -> None:
+    folder, _ = pictures
+    save_png(torch.zeros(1, 9, 8, dtype=torch.uint8), folder / "tall.png")
+    with pytest.raises(BootError, match=r"tall\.png is 8x9, the teacher's images are 8x8"):
+        reference_for(teacher, str(folder), CPU)
+    (folder / "tall.png").unlink()
+    save_png(torch.eye(3).to(torch.uint8).reshape(3, 3, 1).repeat(1, 3, 8)[:, :8], folder / "red.png")
+    with pytest.raises(BootError, match=r"red\.png is in colour"):
+        reference_for(teacher, str(folder), CPU)
+    (folder / "red.png").write_bytes(b"not a png")
+    with pytest.raises(BootError, match=r"red\.png cannot be read"):
+        reference_for(teacher, str(folder), CPU)
+
+
+def test_words_that_name_no_reference(teacher: Teacher, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "stats.txt").touch()
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(DIM), sigma=np.eye(DIM))
+    for words in ("missing", "inception:" + str(tmp_path), str(tmp_path / "stats.txt"), str(tmp_path / "stats.npz")):
+        with pytest.raises(UsageError) as caught:
+            reference_for(teacher, words, CPU)
+        assert "PATH" in caught.value.hint, "an .npz file does not say whose features it holds"
+    with pytest.raises(BootError, match="holds 0 images"):
+        reference_for(teacher, str(tmp_path / "empty"), CPU)
+
+
+def test_kept_statistics_come_back(teacher: Teacher, pictures: tuple[Path, Tensor], tmp_path: Path) -> None:
+    made = reference_for(teacher, str(pictures[0]), CPU)
+    write_reference(tmp_path / "kept.safetensors", made)
+    again = reference_for(teacher, str(tmp_path / "kept.safetensors"), CPU)
+    assert frechet(made.statistics, again.statistics) == pytest.approx(0, abs=1e-6)
+    assert again.statistics.num_images == 12
+
+
+def test_another_feature_space_is_refused(teacher: Teacher, tmp_path: Path) -> None:
+    path = tmp_path / "kept.safetensors"
+    write_reference(path, Reference("other-5", Corners(), gaussian(0, d=DIM), "elsewhere"))
+    for words, wanted in ((str(path), "corners-5"), (f"inception-clean:{path}", "inception-clean")):
+        with pytest.raises(BootError, match=f"holds other-5 features, not {wanted}"):
+            reference_for(teacher, words, CPU)
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_hostile_and_broken_statistics_are_refused(teacher: Teacher, tmp_path: Path) -> None:
+    path, trap = tmp_path / "stats.npz", tmp_path / "trap"
+    square, good = np.eye(2048), np.zeros(2048)
+
+    def with_bytes(data: bytes) -> Callable[[], object]:
+        return lambda: path.write_bytes(data)
+
+    makers: list[Callable[[], object]] = [
+        lambda: np.savez(path, mu=np.array([Bomb(trap)], dtype=object), sigma=square),
+        with_bytes(pickle.dumps(Bomb(trap))),
+        with_bytes(b"PK\x03\x04 and then nothing"),
+        with_bytes(b""),
+        lambda: np.savez(path, mean=good, cov=square),
+        lambda: np.savez(path, mu=good[:64], sigma=square[:64, :64]),
+        lambda: np.savez(path, mu=good.astype(str), sigma=np.full((2048, 2048), "x")),
+        lambda: np.savez(path, mu=good, sigma=square * np.nan),
+        lambda: np.savez(path, mu=good, sigma=np.triu(np.ones((2048, 2048)))),
+    ]
+    for make in makers:
+        make()
+        with pytest.raises(BootError, match=r"stats\.npz"):
+            reference_for(teacher, f"inception-clean:{path}", CPU)
+        assert not trap.exists()
+
+
+# -- Inception, with a small network in its place ---------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d((32, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.pool(x)
+        return pooled[:, :2].flatten(1)
+
+
+class FakeInception(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = Layers()
+
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
+        features: Tensor = self.layers(x)
+        return features
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache and no network."""
+
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(metrics, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    return tmp_path / "bootcli" / "inception"
+
+
+@pytest.fixture
+def inception(cache: Path) -> Path:
+    cache.mkdir(parents=True)
+    path = cache / "inception-2015-12-05.pt"
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        torch.jit.script(FakeInception()).save(str(path))
+    return path
+
+
+def test_inception_that_cannot_be_fetched_is_named(
+    teacher: Teacher, cache: Path, pictures: tuple[Path, Tensor]
+) -> None:
+    with pytest.raises(BootError, match=r"inception-2015-12-05\.pt.*no route to host") as caught:
+        reference_for(teacher, f"inception-clean:{pictures[0]}", CPU)
+    assert "https://" in caught.value.hint
+    assert not list(cache.parent.glob("**/*.pt")), "half a file would be taken for the whole the next time"
+
+
+def test_damaged_inception_is_named(inception: Path) -> None:
+    inception.write_bytes(b"half a file")
+    with pytest.raises(BootError, match=r"inception-2015-12-05\.pt is damaged"):
+        Inception("inception-clean")
+
+
+@pytest.mark.parametrize(("space", "mode"), [("inception-clean", "clean"), ("inception-legacy", "legacy_tensorflow")])
+def test_inception_features_are_clean_fids(
+    space: str, mode: str, inception: Path, teacher: Teacher, pictures: tuple[Path, Tensor]
+) -> None:
+    folder, pixels = pictures
+    reference = reference_for(teacher, f"{space}:{folder}", CPU)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        network = InceptionV3W(str(inception.parent), download=False, resize_inside=mode != "clean")
+    theirs = fid.get_folder_features(str(folder), network, 0, device=CPU, mode=mode, verbose=False)
+    np.testing.assert_allclose(reference.statistics.mean, theirs.mean(0), atol=1e-5)
+    assert reference.feature_space == space
+    generated = statistics_of(pixels.chunk(3), reference.network, CPU)
+    np.testing.assert_allclose(generated.mean, reference.statistics.mean, atol=1e-5)
+
+
+def test_a_folder_of_many_sizes_is_read_whole(pictures: tuple[Path, Tensor]) -> None:
+    folder, _ = pictures
+    save_png(torch.zeros(3, 5, 7, dtype=torch.uint8), folder / "b.png")
+    assert sorted(tuple(batch.shape) for batch in folder_images(folder)) == [(1, 3, 5, 7), (2, 3, 8, 8), (10, 3, 8, 8)]

@@ -1,0 +1,124 @@
+"""The whole evaluation: its report, its seeds, its notes, and what it keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from bootcli.errors import UsageError
+from bootcli.pipelines import evaluate as pipeline
+from bootcli.plugin import Teacher
+from bootcli.sampler import prior_noise
+from bootcli.teachers.registry import Loaded
+
+from .conftest import DIM
+
+
+@pytest.fixture
+def at_hand(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> Teacher:
+    """The run's teacher, with its feature space."""
+    loaded = Loaded(teacher, None, "tiny", "test")  # type: ignore[arg-type]  # the family is not asked for
+    monkeypatch.setattr(pipeline, "load", lambda name: loaded)
+    return teacher
+
+
+def test_an_evaluation_says_all_it_takes_to_repeat_it(at_hand: Teacher, tiny_run: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    result = pipeline.evaluate(
+        tiny_run,
+        num_images=8,
+        repeats=2,
+        teacher_steps=(1, 3),
+        batch_size=5,
+        device="cpu",
+        progress=lambda *facts: seen.append(facts),
+    )
+    student, teacher = result["student"], result["teacher"]
+    assert isinstance(student, dict)
+    assert isinstance(teacher, list)
+    assert [(row["steps"], row["nfe"]) for row in teacher] == [(1, 1), (3, 3)]
+    for row in (student, *teacher):
+        assert row["fid"] == pytest.approx(sum(row["fid_repeats"]) / 2)
+        assert row["fid_std"] > 0
+    assert student["nfe"] == 1
+    assert (result["metric"], result["feature_space"]) == ("fid", "corners-5")
+    assert result["reference"] == {
+        "feature_space": "corners-5",
+        "dimensions": DIM,
+        "source": "made up",
+        "num_images": 1000,
+        "floor": 0.5,
+    }
+    assert result["sampler"] == {
+        "method": "ddim",
+        "eta": 0.0,
+        "timestep_spacing": "trailing",
+        "use_clipped_model_output": True,
+        "threshold": "Clip(bound=1.0)",
+        "guidance_scale": 1.0,
+        "precision": "float32",
+    }
+    assert [facts[1:] for facts in seen if facts[0] == "student"] == [(5, 16), (8, 16), (13, 16), (16, 16)]
+    (written,) = (tiny_run / "evaluations").glob("fid-*.json")
+    assert json.loads(written.read_text()) == json.loads(json.dumps(result))
+    written.unlink()
+
+
+def seeds_drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every seed that noise is drawn from, in order."""
+    drawn: list[int] = []
+
+    def spy(seeds: Any, shape: tuple[int, int, int]) -> Tensor:
+        drawn.extend(seeds)
+        return prior_noise(seeds, shape)
+
+    monkeypatch.setattr("bootcli.sampler.prior_noise", spy)
+    return drawn
+
+
+def test_student_and_teacher_share_seeds_and_repeats_do_not(
+    at_hand: Teacher, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = seeds_drawn(monkeypatch)
+    file = tiny_run / "student" / "student.safetensors"
+    pipeline.evaluate(file, num_images=6, seed=40, repeats=3, teacher_steps=(1,), batch_size=4, device="cpu")
+    assert drawn == [*range(40, 58)] * 2
+
+
+def test_the_batch_size_changes_nothing(at_hand: Teacher, tiny_run: Path) -> None:
+    file = tiny_run / "student" / "student.safetensors"
+    small, large = (pipeline.evaluate(file, num_images=12, batch_size=n, device="cpu") for n in (5, 12))
+    assert small["student"]["fid"] == pytest.approx(large["student"]["fid"], rel=1e-3)  # type: ignore[index]
+
+
+def test_notes_warn_of_numbers_that_mislead(at_hand: Teacher, tiny_run: Path) -> None:
+    file = tiny_run / "student" / "student.safetensors"
+    notes = " ".join(pipeline.evaluate(file, num_images=4, device="cpu")["notes"])  # type: ignore[arg-type]
+    for part in ("not comparable with Inception", "4 images of the student", "--repeats"):
+        assert part in notes
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"metric": "kid"}, {"num_images": 1}, {"repeats": 0}, {"teacher_steps": (4, 0)}, {"batch_size": 0}]
+)
+def test_impossible_requests_are_usage_errors(wrong: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        pipeline.evaluate(tmp_path / "missing", **wrong)
+
+
+def test_statistics_can_be_kept_for_later(
+    at_hand: Teacher, tiny_run: Path, pictures: tuple[Path, Tensor], tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept.safetensors"
+    file = tiny_run / "student" / "student.safetensors"
+    settings: dict[str, Any] = {"num_images": 8, "device": "cpu"}
+    first = pipeline.evaluate(file, reference=str(pictures[0]), save_reference=kept, **settings)
+    again = pipeline.evaluate(file, reference=str(kept), **settings)
+    assert first["student"]["fid"] == pytest.approx(again["student"]["fid"])  # type: ignore[index]
+    assert again["reference"]["num_images"] == 12  # type: ignore[index]
+    with pytest.raises(UsageError, match=r"\.safetensors"):
+        pipeline.evaluate(file, save_reference=tmp_path / "kept.npz", **settings)
