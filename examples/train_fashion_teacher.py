@@ -26,6 +26,8 @@ from fashion_data import DEFAULT_DATA, RESOLUTION, load_fashion, to_uint8, to_un
 from PIL import Image
 from torch import Tensor
 
+from bootcli.muon import Muon
+
 BIN_EDGES = (0, 50, 200, 500, 1000)  # timestep bins of the loss log: the mean over all t hides the hard, low-noise end
 GRAD_CLIP = 1.0
 
@@ -181,7 +183,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8000, help="optimiser steps")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop early, fully annealed, at this budget")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--lr-final", type=float, default=1e-5)
     parser.add_argument("--warmup", type=int, default=200, help="warm-up steps")
     parser.add_argument("--ema-decay", type=float, default=0.999)
@@ -206,7 +208,7 @@ def main() -> None:
     batches = Batches(to_unit(images), args.batch_size, args.seed)
     model, ema, scheduler = build_unet(), build_unet().requires_grad_(False).eval(), build_scheduler()
     ema.load_state_dict(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = Muon(model.parameters(), lr=args.lr, betas=(0.9, 0.99))
     total_timesteps = int(scheduler.config.num_train_timesteps)
 
     step, spent = 0, 0.0  # spent: seconds of training in earlier runs
