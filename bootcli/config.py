@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,9 @@ MixedPrecision = Literal["no", "bf16", "fp16"]
 
 Positive = Annotated[int, Gt(0)]
 Count = Annotated[int, Ge(0)]
-PositiveFloat = Annotated[float, Gt(0)]
+PositiveFloat = Annotated[float, Interval(gt=0, lt=math.inf)]
+Seed = Annotated[int, Interval(ge=0, lt=2**63)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
 
 
@@ -49,14 +52,14 @@ class OptimizerConfig:
     """Both take the same learning rate; Muon learns more per update, and keeps one moment instead of two."""
     accumulation: Positive = 1
     """Batches per update."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     weight_decay: Annotated[float, Ge(0)] = 0.0
     clip_norm: PositiveFloat = 1.0
     """Largest gradient norm."""
     warmup_steps: Count = 500
     decay: Literal["constant", "cosine", "linear"] = "cosine"
     """Learning rate after the warm-up, down to 0 at the last step."""
-    ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.999
+    ema_decay: Decay = 0.999
     """Decay of the weight average that is sampled, after its own warm-up."""
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -95,7 +98,7 @@ class DistillConfig:
     steps: Positive = 20_000
     batch_size: Positive = 64
     learning_rate: PositiveFloat = 2e-4
-    seed: Count = 0
+    seed: Seed = 0
     device: Device = "auto"
     mixed_precision: MixedPrecision | None = None
     """None: bf16 where the hardware has it, otherwise no."""

@@ -100,6 +100,12 @@ class Engine:
         reduced: Tensor = self._accelerator.reduce(value, reduction="mean")
         return reduced
 
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values; all must ask at the same point."""
+        if self.num_processes == 1:
+            return value
+        return int(self._accelerator.gather(torch.tensor([value], device=self.device)).max())
+
     def wait(self) -> None:
         """Wait for the other processes."""
         self._accelerator.wait_for_everyone()

@@ -18,8 +18,8 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -98,14 +98,14 @@ class Reference:
         network: (b, c, h, w) float images in [0, 255] -> (b, d) features.
         statistics: of the reference images.
         source: what they are, one line.
-        floor: the distance of other real images to these, or None where unknown.
+        floor: the distance of other real images to these, by their number; empty where unknown.
     """
 
     feature_space: str
     network: nn.Module
     statistics: Statistics
     source: str
-    floor: float | None = None
+    floor: Mapping[int, float] = field(default_factory=dict)
 
 
 class Inception(nn.Module):

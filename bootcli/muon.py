@@ -49,6 +49,7 @@ class Muon(torch.optim.AdamW):
         # would leave out the matrices.
         fused = all(p.device.type == "cpu" for p in params)
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+        self._step_supports_amp_scaling = False
         self.momentum = momentum
 
     @torch.no_grad()

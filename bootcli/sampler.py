@@ -40,10 +40,11 @@ def student_images(
 ) -> Iterator[Tensor]:
     """One-step samples as uint8 batches (b, c, H, W) on the CPU."""
     for batch in _batches(seeds, batch_size):
-        eps = prior_noise(batch, student.teacher.spec.sample_shape).to(engine.device)
+        rows = _pair(batch)
+        eps = prior_noise(rows, student.teacher.spec.sample_shape).to(engine.device)
         with engine.autocast():
-            z = student.sample(eps, cond_of(batch).to(engine.device))
-        yield to_uint8(student.teacher.decode(z)).cpu()
+            z = student.sample(eps, cond_of(rows).to(engine.device))
+        yield to_uint8(student.teacher.decode(z))[: len(batch)].cpu()
 
 
 @torch.no_grad()
@@ -54,15 +55,22 @@ def teacher_images(
 
     Raises `UsageError` for more steps than the teacher has timesteps.
     """
+    times = reference_times(view, steps)
+    for batch in _batches(seeds, batch_size):
+        rows = _pair(batch)
+        x = view.schedule.prior_scale * prior_noise(rows, view.teacher.spec.sample_shape).to(engine.device)
+        cond = cond_of(rows).to(engine.device)
+        with engine.autocast():
+            z = _last(ddim(partial(view.x0, cond=cond), view.schedule, x, times))
+        yield to_uint8(view.teacher.decode(z))[: len(batch)].cpu()
+
+
+def reference_times(view: TeacherView, steps: int) -> Tensor:
+    """The times of the reference sampler. Raises `UsageError` for more steps than the teacher has timesteps."""
     times = view.schedule.grid(steps)
     if not (times.diff() < 0).all():
         raise UsageError(f"The teacher has no {steps} timesteps to step through.", "Take fewer teacher steps.")
-    for batch in _batches(seeds, batch_size):
-        x = view.schedule.prior_scale * prior_noise(batch, view.teacher.spec.sample_shape).to(engine.device)
-        cond = cond_of(batch).to(engine.device)
-        with engine.autocast():
-            z = _last(ddim(partial(view.x0, cond=cond), view.schedule, x, times))
-        yield to_uint8(view.teacher.decode(z)).cpu()
+    return times
 
 
 @torch.no_grad()
@@ -82,6 +90,11 @@ def teacher_endpoint(view: TeacherView, eps: Tensor, cond: Cond, t_max: float, s
 def _batches(seeds: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
     for first in range(0, len(seeds), batch_size):
         yield seeds[first : first + batch_size]
+
+
+def _pair(batch: Sequence[int]) -> Sequence[int]:
+    """A single seed twice: matrix products of one row take another path, and may round another way."""
+    return [*batch, *batch] if len(batch) == 1 else batch
 
 
 def _last(states: Iterator[Tensor]) -> Tensor:

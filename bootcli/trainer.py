@@ -16,13 +16,14 @@ from torch import Tensor
 from bootcli.config import DistillConfig
 from bootcli.ema import EMA
 from bootcli.engine import Engine
-from bootcli.errors import BootError
+from bootcli.errors import BootError, UsageError
 from bootcli.objectives.base import Objective, Terms
 from bootcli.optimizer import learning_rate, make_optimizer
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond
 
 RESIDUAL_BINS = 5
+AGAIN = "Start again with a lower --learning-rate, or a larger boot.delta."
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Trainer:
     ) -> None:
         shares = config.optimizer.accumulation * engine.num_processes
         if config.batch_size % shares:
-            raise BootError(
+            raise UsageError(
                 f"batch_size {config.batch_size} cannot be split into {config.optimizer.accumulation} micro-batches "
                 f"on {engine.num_processes} processes.",
                 "Make it a multiple of their product.",
@@ -106,10 +107,10 @@ class Trainer:
         terms = self._accumulate(step)
         loss = float(self.engine.mean(sum_loss(terms)))
         if not math.isfinite(loss):
-            raise BootError(f"The loss is {loss} at step {step}.", "Lower --learning-rate, or raise boot.delta.")
+            raise BootError(f"The loss is {loss} at step {step}.", AGAIN)
         norm = self.engine.clip(self.student.parameters(), self.config.optimizer.clip_norm)
         if not math.isfinite(norm) and self.engine.scaler is None:
-            raise BootError(f"The gradient is {norm} at step {step}.", "Lower --learning-rate, or raise boot.delta.")
+            raise BootError(f"The gradient is {norm} at step {step}.", AGAIN)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.student, step)

@@ -52,7 +52,7 @@ def boot_loss(teacher: GaussianTeacher, draw: BootDraw, t_max: float = 1.0, shif
 
 def drawn(delta: float, low: float, high: float, n: int = 16) -> BootDraw:
     t = torch.linspace(low, high, n, dtype=torch.float64)
-    return BootDraw(noise(n), t, t - delta)
+    return BootDraw(noise(n), t, t - delta, torch.ones(n))
 
 
 @every_solver

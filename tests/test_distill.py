@@ -115,6 +115,40 @@ def test_sigterm_saves_and_exits_143(settings: dict[str, object], tmp_path: Path
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("stop", [False, True])
+def test_two_processes_make_one_run(settings: dict[str, object], tmp_path: Path, stop: bool) -> None:
+    """The same losses as one process; a signal stops both at one step, with one checkpoint."""
+    words = ["distill", "--teacher", str(settings["teacher"]), "--batch-size", "8", "--device", "cpu", "--seed", "3",
+             "--set", "log_every=1", "--set", "preview_teacher_steps=2", "--mixed-precision", "no",
+             "--steps", "100000" if stop else "3", "--set", "optimizer.warmup_steps=2"]  # fmt: skip
+    together = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "bootcli",
+         *words, "--output", "two", "--json"],
+        cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "NO_COLOR": "1"},
+    )  # fmt: skip
+    log = tmp_path / "two" / "log.jsonl"
+    if stop:
+        deadline = time.time() + 120
+        while time.time() < deadline and not log.exists():
+            time.sleep(0.01)
+        together.send_signal(signal.SIGINT)  # which torch hands on to the workers, one after the other
+    out, said = together.communicate(timeout=120)
+    if stop:
+        assert len(list((tmp_path / "two" / "checkpoints").iterdir())) == 1, said
+        assert "--resume" in said
+        return
+    assert together.returncode == 0, said
+    assert json.loads(out)["steps"] == 3
+    alone = cli(*words, "--output", "one", cwd=tmp_path)
+    _, said = alone.communicate(timeout=120)
+    assert alone.returncode == 0, said
+    two, one = (
+        [json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+        for run in ("two", "one")
+    )
+    assert two == pytest.approx(one, rel=1e-3)
+
+
 def test_resume_allows_longer_and_refuses_different(tiny_run: Path) -> None:
     assert resume_config(tiny_run, {"steps": 9}, {}, {}).steps == 9
     assert resume_config(tiny_run, {"log_every": 5}, {}, {}).log_every == 5
@@ -161,6 +195,32 @@ def test_what_the_teacher_cannot_honour_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_that_end_up_broken_are_no_student(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last update has no loss after it that could show a NaN."""
+
+    def run(self: Trainer) -> Iterator[StepReport]:
+        yield self._update(1)
+        next(iter(self.ema.weights.values())).fill_(float("nan"))
+
+    monkeypatch.setattr(Trainer, "run", run)
+    with pytest.raises(BootError, match="not finite after step 1: no student"):
+        list(distill(resolve_config(settings | {"steps": 1}, {}, {}), tmp_path / "run"))
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_the_log_is_strict_json(settings: dict[str, object], tmp_path: Path) -> None:
+    """One sample leaves four of the five time bins empty."""
+    list(distill(resolve_config(settings | {"batch_size": 1, "steps": 1}, {}, {}), tmp_path / "run"))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    (line,) = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse)["residual_bins"].count(None) == 4
+
+
 def test_a_nan_keeps_the_last_good_state(
     settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +252,7 @@ def test_dry_run_measures_and_writes_nothing(settings: dict[str, object], tmp_pa
     estimate = dry_run(resolve_config(settings, {}, {}))
     assert estimate.seconds_per_step > 0
     assert estimate.total_seconds == pytest.approx(6 * estimate.seconds_per_step)
-    assert estimate.peak_memory_bytes > 1e6
+    assert estimate.memory_bytes > 1e6
     assert estimate.parameters > 1000
     assert estimate.config["teacher"] == settings["teacher"]
     assert list(tmp_path.iterdir()) == []

@@ -105,7 +105,9 @@ def _explain(error: Exception) -> BootError:
         return error
     if DISK_FULL in str(error):  # an OSError, or what a library made of one
         name = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-        return BootError(f"{DISK_FULL}{name}.", "Free some space; a run goes on with: bootcli distill --resume")
+        return BootError(f"{DISK_FULL}{name}.", "Free some space; a run with a checkpoint goes on with --resume.")
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return BootError(f"{error.filename}: {error.strerror}.", "Choose a place that can be read and written.")
     hint = "" if debugging() else "This should not happen. Please report it with the traceback of: bootcli --debug ..."
     return BootError(f"unexpected {type(error).__name__}: {error}", hint)
 

@@ -226,21 +226,24 @@ def _costs(estimate: Estimate) -> dict[str, str]:
     return {
         **estimate.facts,
         "time": f"{estimate.seconds_per_step:.3g} s a step, {duration(estimate.total_seconds)} in all, previews apart",
-        "memory": f"{estimate.peak_memory_bytes / 2**30:.2f} GiB at its peak",
+        "memory": f"{estimate.memory_bytes / 2**30:.2f} GiB",
     }
 
 
 def _train(layers: Layers, run: Path, *, resume: bool, overwrite: bool, as_json: bool) -> None:
     from bootcli import ui
-    from bootcli.pipelines.distill import distill
     from bootcli.pipelines.settings import resolve_config, resume_config
 
     config = resume_config(run, *layers) if resume else resolve_config(*layers)
+    from bootcli.pipelines.distill import distill  # torch, once the settings are known to be good
+
     last: dict[str, Any] = {}
     with ui.training() as show:
         for event in distill(config, run, resume=resume, overwrite=overwrite):
             show(event)
             last[type(event).__name__] = event
+    if not last:  # one of several processes, and not the one that speaks
+        return
     summary = _summary(last)
     if as_json:
         print_json(summary)

@@ -81,8 +81,8 @@ def _print_table(result: Mapping[str, Any]) -> None:
     reference = result["reference"]
     rows: list[tuple[str, Mapping[str, Any]]] = [("student", result["student"])]
     rows += [(f"teacher, {row['steps']} steps", row) for row in result["teacher"]]
-    if reference.get("floor") is not None:
-        rows.append(("real images, held out", {"nfe": "", "fid": reference["floor"]}))
+    if floor := reference.get("floor"):
+        rows.append((f"{floor['num_images']:,} real images, held out", {"nfe": "", "fid": floor["fid"]}))
     ui.print_table(
         ("images of", "network calls", f"FID in {result['feature_space']}"),
         [(name, str(row["nfe"]), _number(row)) for name, row in rows],

@@ -33,4 +33,4 @@ DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 BatchSizeOption = Annotated[
     int, typer.Option(metavar="N", min=1, help="Images at a time: changes the speed, never an image.")
 ]
-SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of image 0; image i has seed + i.")]
+SeedOption = Annotated[int, typer.Option(metavar="N", min=0, max=2**62, help="Seed of image 0; image i has seed + i.")]

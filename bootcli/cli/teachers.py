@@ -74,7 +74,8 @@ def _show(name: str, as_json: bool) -> None:
         print_json(facts)
     else:
         recipe = "\n".join(f"{key} = {value}" for key, value in loaded.teacher.recipe().items())
-        known = {label.replace("_", " "): value for label, value in facts.items() if value and label != "details"}
+        told = {label: value for label, value in facts.items() if value or label == "terminal_snr"}  # which may be 0
+        known = {label.replace("_", " "): value for label, value in told.items() if label != "details"}
         ui.print_facts({**known, **loaded.teacher.describe(), "recipe": recipe or "bootcli's defaults"})
 
 

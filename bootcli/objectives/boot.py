@@ -28,11 +28,18 @@ from bootcli.teachers.view import TeacherView
 
 @dataclass(frozen=True)
 class BootDraw:
-    """Noise (b, c, h, w), float32, and times t > s, each (b,), float64; all on the CPU."""
+    """One batch; on the CPU until `Boot.take`.
+
+    Args:
+        eps: noise (b, c, h, w), float32.
+        t, s: times t > s, (b,), float64.
+        anchor: weight of each sample in the boundary term, (b,), of mean 1 over the global batch; most are 0.
+    """
 
     eps: Tensor
     t: Tensor
     s: Tensor
+    anchor: Tensor
 
 
 class Boot:
@@ -62,11 +69,12 @@ class Boot:
         eps = torch.randn(batch_size, *self.teacher.teacher.spec.sample_shape, generator=generator)
         t = stratified(generator, batch_size, self.t_min if clean else self.t_min + delta, self.t_max)
         t = t.clamp(min=self.t_min + 1e-6)  # a step needs some length
-        return BootDraw(eps, t, (t - delta).clamp(min=self.t_min))
+        anchor = (torch.arange(batch_size) % self.config.boundary_every == 0).float()
+        return BootDraw(eps, t, (t - delta).clamp(min=self.t_min), anchor / anchor.mean())
 
     def take(self, draw: BootDraw, rows: slice, device: torch.device) -> BootDraw:
         """The rows of a draw, with the noise on a device."""
-        return BootDraw(draw.eps[rows].to(device), draw.t[rows], draw.s[rows])
+        return BootDraw(draw.eps[rows].to(device), draw.t[rows], draw.s[rows], draw.anchor[rows])
 
     def loss(self, student: Student, draw: BootDraw, cond: Cond) -> Terms:
         """Bootstrap term plus beta times the boundary term.
@@ -82,10 +90,12 @@ class Boot:
                 lambda x, at: self.teacher.x0(x, at, cond), schedule, student(eps, t, cond), eps, t, s,
                 self.config.solver,
             )  # fmt: skip
-            anchors = torch.arange(0, len(eps), self.config.boundary_every)
+            anchors = draw.anchor.nonzero().flatten()
             start = eps[anchors]
             t_max = torch.full((len(anchors),), self.t_max, dtype=torch.float64)
-            f_start = self.teacher.x0(like(schedule(t_max).sigma, start) * start, t_max, cond.rows(anchors))
+            f_start = start  # a small share of the batch may have no anchor
+            if len(anchors):
+                f_start = self.teacher.x0(like(schedule(t_max).sigma, start) * start, t_max, cond.rows(anchors))
         # One call of the student for both terms.
         y = student(torch.cat([eps, start]), torch.cat([s, t_max]), cond.then(cond.rows(anchors)))
         y_s, y_start = y.split([len(eps), len(anchors)])
@@ -94,7 +104,8 @@ class Boot:
         square = (y_s - target).square().flatten(1).mean(1)
         residual = square / like(one_minus_r, square) ** 2
         bootstrap = (like(self._weight(t, one_minus_r), residual) * residual).mean()
-        boundary = self.config.beta * (y_start - f_start).square().mean()
+        start_error = (y_start - f_start).square().flatten(1).mean(1)
+        boundary = self.config.beta * (like(draw.anchor[anchors], start_error) * start_error).sum() / len(eps)
         parts = {"bootstrap": bootstrap.detach(), "boundary": boundary.detach()}
         return Terms(bootstrap + boundary, parts, residual.detach(), t)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from bootcli.store.artifact import save_student
 from bootcli.store.checkpoint import load_newest, save_checkpoint
 from bootcli.store.rundir import RunDir
 from bootcli.teachers.registry import load
-from bootcli.trainer import StepReport, Trainer
+from bootcli.trainer import AGAIN, StepReport, Trainer
 
 PREVIEWS = 10
 """Columns of a preview grid."""
@@ -47,10 +48,11 @@ def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite
         rundir.check_free(overwrite=overwrite)
     engine = Engine(config.device, config.mixed_precision)
     loaded = load(config.teacher)
-    work = set_up(loaded.teacher, config, engine)
+    work = set_up(loaded.teacher, config, engine, fresh=not resume)
     trainer = Trainer(work.student, work.objective, work.conditions, work.config, engine)
     if resume:
         _restore(trainer, rundir)
+    engine.wait()  # every process has looked at the folder
     if engine.is_main:
         rundir.create(work.config, keep=resume)
     session = _Session(rundir, work, trainer, loaded.family.name, engine)
@@ -111,19 +113,21 @@ class _Session:
                 if report is None:
                     break
                 yield from self._after_step(report)
-                if wish.signum is not None:
+                signum = self.engine.largest(wish.signum or 0)  # all processes stop at the same step
+                if signum:
                     yield self._checkpoint()
                     raise Interrupted(
                         f"Stopped at step {self.trainer.step}; the state is saved in {self.rundir.checkpoints}.",
                         f"Go on with: bootcli distill --resume --output {self.rundir.path}",
-                        signum=wish.signum,
+                        signum=signum,
                     )
             yield from self._finish(began, first)
 
     def _after_step(self, report: StepReport) -> Iterator[Event]:
         config, last = self.config, report.step == self.config.steps
         if self.engine.is_main and (report.step % config.log_every == 0 or report.step == 1 or last):
-            self.rundir.log(dataclasses.asdict(report))
+            empty = {"residual_bins": [None if math.isnan(mean) else mean for mean in report.residual_bins]}
+            self.rundir.log(dataclasses.asdict(report) | empty)
         yield Stepped(report)
         if config.preview_every and report.step % config.preview_every == 0:
             yield from self._preview()
@@ -131,6 +135,8 @@ class _Session:
             yield self._checkpoint()
 
     def _finish(self, began: float, first: int) -> Iterator[Event]:
+        if not all(bool(weight.isfinite().all()) for weight in self.trainer.ema.weights.values()):
+            raise BootError(f"The weights are not finite after step {self.trainer.step}: no student is written.", AGAIN)
         yield from self._preview()
         if self.trainer.step > first:
             yield self._checkpoint()
@@ -180,7 +186,7 @@ class Estimate:
         config: resolved, nested.
         facts: as at the start of a run.
         seconds_per_step, total_seconds: measured on one update after a warm-up.
-        peak_memory_bytes: of the GPU; on a CPU what the process holds after the updates.
+        memory_bytes: peak of the GPU; on a CPU what the process holds after the updates.
         parameters: of the student.
     """
 
@@ -188,7 +194,7 @@ class Estimate:
     facts: Mapping[str, str]
     seconds_per_step: float
     total_seconds: float
-    peak_memory_bytes: int
+    memory_bytes: int
     parameters: int
 
 
@@ -205,12 +211,12 @@ def dry_run(config: DistillConfig) -> Estimate:
         facts=facts,
         seconds_per_step=report.seconds,
         total_seconds=report.seconds * config.steps,
-        peak_memory_bytes=_peak_memory(engine.device),
+        memory_bytes=_memory(engine.device),
         parameters=sum(p.numel() for p in work.student.parameters()),
     )
 
 
-def _peak_memory(device: torch.device) -> int:
+def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)

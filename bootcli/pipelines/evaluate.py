@@ -16,7 +16,7 @@ from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.evaluate import INCEPTION, Reference, frechet, reference_for, statistics_of, write_reference
 from bootcli.pipelines.setup import condition_of, teacher_view
-from bootcli.sampler import CondOf, student_images, teacher_images
+from bootcli.sampler import CondOf, reference_times, student_images, teacher_images
 from bootcli.store.artifact import load_student
 from bootcli.store.files import write_json
 from bootcli.store.rundir import RunDir
@@ -81,6 +81,8 @@ def evaluate(
     against = reference_for(teacher, reference, engine.device)
     if save_reference is not None:
         write_reference(save_reference, against)
+    for steps in teacher_steps:
+        reference_times(view, steps)  # an impossible number is refused before any image is drawn
     student = artifact.student.to(engine.device)
     seeds = [range(seed + k * num_images, seed + (k + 1) * num_images) for k in range(repeats)]
     bench = _Bench(against, condition_of(teacher, config), seeds, engine.device, progress)
@@ -99,7 +101,7 @@ def evaluate(
         "teacher": [
             {"steps": n, "nfe": n * calls, **bench.measure(f"teacher, {n} steps", by_teacher(n))} for n in teacher_steps
         ],
-        "reference": _facts(against),
+        "reference": _facts(against, num_images),
         "sampler": _sampler(view),
         "num_images": num_images,
         "seed": seed,
@@ -150,13 +152,14 @@ def _check(metric: str, num_images: int, repeats: int, teacher_steps: Sequence[i
         raise UsageError("Repeats, batch size and teacher steps must be at least 1.")
 
 
-def _facts(reference: Reference) -> dict[str, object]:
+def _facts(reference: Reference, num_images: int) -> dict[str, object]:
+    nearest = min(reference.floor, key=lambda count: abs(count - num_images), default=None)
     return {
         "feature_space": reference.feature_space,
         "dimensions": len(reference.statistics.mean),
         "source": reference.source,
         "num_images": reference.statistics.num_images,
-        "floor": reference.floor,
+        "floor": None if nearest is None else {"num_images": nearest, "fid": reference.floor[nearest]},
     }
 
 

@@ -104,8 +104,15 @@ def read_prompts(path: str | None) -> list[str]:
     return prompts
 
 
-def set_up(teacher: Teacher, config: DistillConfig, engine: Engine) -> Distillation:
-    """Build a run. Raises `UsageError` for settings the teacher cannot honour."""
+def set_up(teacher: Teacher, config: DistillConfig, engine: Engine, *, fresh: bool = True) -> Distillation:
+    """Build a run. Raises `UsageError` for settings the teacher cannot honour.
+
+    Args:
+        teacher: with its weights.
+        config: resolved.
+        engine: where to.
+        fresh: give the student its starting point; False where a checkpoint will replace it.
+    """
     pool = condition_pool(teacher, config)
     view = teacher_view(teacher, config, engine)
     t_max = start_time(teacher, config)
@@ -123,9 +130,9 @@ def set_up(teacher: Teacher, config: DistillConfig, engine: Engine) -> Distillat
     student = Student(teacher, head, config.student.t_min).to(engine.device)
     if config.optimizer.gradient_checkpointing:
         teacher.enable_gradient_checkpointing(student.net)
-    if config.init_from is not None:
+    if fresh and config.init_from is not None:
         _start_from(student, Path(config.init_from))
-    elif head == "x0":
+    elif fresh and head == "x0":
         start_x0_head(student, view, pool, t_max, config, engine)
     if config.optimizer.compile:
         student.net.compile()
@@ -141,7 +148,7 @@ def start_time(teacher: Teacher, config: DistillConfig) -> float:
     """
     schedule, student = teacher.spec.schedule, config.student
     t_max = schedule.largest_t(student.max_gain) if teacher.spec.prediction == "eps" else 1.0
-    if t_max <= student.t_min:
+    if t_max < student.t_min + 0.01:
         raise UsageError(f"student.max_gain {student.max_gain} leaves no time range above t_min {student.t_min}.")
     return t_max
 

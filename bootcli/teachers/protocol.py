@@ -71,7 +71,7 @@ class FeatureSpace:
         cov: (d, d) float64.
         num_images: how many reference images.
         source: what they are, one line.
-        floor: the distance of real held-out images to the reference, or None where unknown.
+        floor: the distance of real held-out images to the reference, by their number; empty where unknown.
     """
 
     name: str
@@ -80,7 +80,7 @@ class FeatureSpace:
     cov: Tensor
     num_images: int
     source: str
-    floor: float | None = None
+    floor: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,10 @@ def load_feature_space(folder: Path) -> FeatureSpace:
             cov=cov,
             num_images=count,
             source=str(config.get("source", f"{count:,} training images of the teacher")),
-            floor=_floor(config.get("floor")),
+            floor={int(images): float(distance) for images, distance in config.get("floor", {}).items()},
         )
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise BootError(
             f"The feature network in {folder} is damaged ({type(error).__name__}: {error}).",
             "Install bootcli again, or download the teacher again.",
         ) from None
-
-
-def _floor(floor: Any) -> float | None:
-    """A number, or a table from image counts to distances: then the one of the most images."""
-    if isinstance(floor, dict):
-        return float(floor[max(floor, key=int)]) if floor else None
-    return None if floor is None else float(floor)

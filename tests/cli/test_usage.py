@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bootcli.cli.common import fail, integers, print_json, to_toml
+from bootcli.config import DistillConfig, to_dict
 from bootcli.errors import BootError, Interrupted, UsageError
 
 from .conftest import Cli, environment, processor_seconds
@@ -36,6 +37,10 @@ WRONG = {
     "distill --output a.file": "a.file is a file",
     "distill --resume": "No run found",
     "distill --resume --output missing": "There is no run missing",
+    "distill --resume --output run --seed 3": "--resume cannot change seed",
+    "distill --set optimizer.betas=[0.9,1.0]": "optimizer.betas",
+    "distill --seed 99999999999999999999": "seed",
+    "distill --learning-rate inf": "learning_rate",
     "distill --resume --overwrite": "--resume goes with neither",
     "distill --step 3": "--steps",
     "distil": "Did you mean 'distill'?",
@@ -60,6 +65,8 @@ def clutter(tmp_path: Path) -> None:
     (tmp_path / "a.file").write_text("")
     (tmp_path / "broken.toml").write_text("steps = = 3")
     (tmp_path / "typo.toml").write_text("stpes = 3")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(DistillConfig())))
 
 
 @pytest.mark.usefixtures("clutter")

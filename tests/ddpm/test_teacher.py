@@ -264,7 +264,7 @@ def test_feature_space(make_folder: MakeFolder) -> None:
     write_features(folder / "features")
     space = family.load(folder).feature_space()
     assert space is not None
-    assert (space.name, space.num_images, space.floor) == ("tiny", 60, 0.1)
+    assert (space.name, space.num_images, space.floor) == ("tiny", 60, {50: 0.2, 100: 0.1})
     assert space.network(torch.zeros(2, 1, 8, 8)).shape == (2, 4)
     assert space.mean.dtype == torch.float64
 

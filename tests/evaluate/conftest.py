@@ -33,7 +33,9 @@ def gaussian(seed: int, d: int = 6, images: int = 100, scale: float = 1.0) -> St
 
 @pytest.fixture
 def own_space() -> FeatureSpace:
-    return FeatureSpace("corners-5", Corners(), torch.full((DIM,), 127.0), 900 * torch.eye(DIM), 1000, "made up", 0.5)
+    return FeatureSpace(
+        "corners-5", Corners(), torch.full((DIM,), 127.0), 900 * torch.eye(DIM), 1000, "made up", {10: 0.5}
+    )
 
 
 @pytest.fixture

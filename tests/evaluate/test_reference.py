@@ -39,7 +39,7 @@ from .conftest import CPU, DIM, Corners, gaussian
 
 def test_the_default_reference_is_the_teachers_own(teacher: Teacher, own_space: FeatureSpace) -> None:
     reference = reference_for(teacher, None, CPU)
-    assert (reference.feature_space, reference.source, reference.floor) == ("corners-5", "made up", 0.5)
+    assert (reference.feature_space, reference.source, reference.floor) == ("corners-5", "made up", {10: 0.5})
     assert reference.statistics.cov.dtype == np.float64
     assert reference.network is own_space.network
 
@@ -55,7 +55,7 @@ def test_a_folder_is_read_in_the_teachers_own_features(teacher: Teacher, picture
     folder, pixels = pictures
     reference = reference_for(teacher, str(folder), CPU)
     np.testing.assert_array_equal(reference.statistics.mean, pixels.double().flatten(1)[:, :DIM].mean(0).numpy())
-    assert (reference.feature_space, reference.source, reference.floor) == ("corners-5", str(folder), None)
+    assert (reference.feature_space, reference.source, reference.floor) == ("corners-5", str(folder), {})
     assert reference.statistics.num_images == 12
 
 

@@ -51,7 +51,7 @@ def test_an_evaluation_says_all_it_takes_to_repeat_it(at_hand: Teacher, tiny_run
         "dimensions": DIM,
         "source": "made up",
         "num_images": 1000,
-        "floor": 0.5,
+        "floor": {"num_images": 10, "fid": 0.5},
     }
     assert result["sampler"] == {
         "method": "ddim",
