@@ -22,8 +22,8 @@ def main(folder: str, inputs: str, outputs: str) -> None:
     result = {"sample": pipeline.scheduler.step(output, t, noise).prev_sample}
     if labels is None:
         generator = torch.manual_seed(0)  # draws the given noise again
-        images = pipeline(len(noise), generator, num_inference_steps=1, eta=0, output_type="pt").images
-        result["images"] = images * 2 - 1
+        images = pipeline(len(noise), generator, num_inference_steps=1, eta=0, output_type="np").images
+        result["images"] = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
     save_file({name: tensor.contiguous() for name, tensor in result.items()}, outputs)
 
 

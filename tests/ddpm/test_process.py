@@ -41,9 +41,12 @@ def test_the_table_is_the_one_of_diffusers(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("schedule", ["sigmoid", "laplace"])
 def test_schedules_that_only_ddpm_knows_become_trained_betas(schedule: str) -> None:
+    try:
+        theirs = DDPMScheduler(beta_schedule=schedule, num_train_timesteps=50).alphas_cumprod
+    except NotImplementedError:
+        pytest.skip("diffusers learned laplace in 0.37")
     process = read_process(config(beta_schedule=schedule, num_train_timesteps=50))
     assert process.config["trained_betas"] is not None
-    theirs = DDPMScheduler(beta_schedule=schedule, num_train_timesteps=50).alphas_cumprod
     assert process.table.alphas_cumprod == tuple(theirs.tolist())
     assert process_of(process.config) == process
 
