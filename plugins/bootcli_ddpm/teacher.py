@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DModel
 from huggingface_hub import metadata_load
 from torch import Tensor, nn
+from yaml import YAMLError
 
 from bootcli.plugin import (
     BootError,
@@ -182,7 +183,7 @@ def _card(path: Path) -> dict[str, str]:
     """What the model card and the path say; a teacher without a readable card is no worse for it."""
     try:
         metadata = metadata_load(path / "README.md") if (path / "README.md").is_file() else None
-    except Exception:  # unreadable, not UTF-8, not YAML
+    except (OSError, ValueError, RecursionError, YAMLError):  # unreadable, not UTF-8 or no table, too deep, not YAML
         metadata = None
     card = {"licence": str(metadata["license"])} if metadata and metadata.get("license") else {}
     hub = next((match for part in path.absolute().parts if (match := _HUB_CACHE.fullmatch(part))), None)

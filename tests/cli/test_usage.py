@@ -121,6 +121,7 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_on_demand(
     ("error", "code", "says"),
     [
         (BootError("It broke.", "Mend it."), 1, "Error: It broke.\nMend it.\n"),
+        (NotADirectoryError(20, "Not a directory", "f.txt/x"), 1, "Error: f.txt/x: Not a directory.\n"),
         (UsageError("Not so."), 2, "Error: Not so.\n"),
         (Interrupted("Saved.", "Go on.", signum=2), 130, "Saved.\nGo on.\n"),
         (Interrupted("Saved.", signum=15), 143, "Saved.\n"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import pytest
 from torch import Tensor
 
 from bootcli.errors import UsageError
+from bootcli.evaluate import reference_for
 from bootcli.pipelines import evaluate as pipeline
-from bootcli.plugin import Teacher
+from bootcli.plugin import FeatureSpace, Teacher
 from bootcli.sampler import prior_noise
 from bootcli.teachers.registry import Loaded
 
-from .conftest import DIM
+from .conftest import CPU, DIM
 
 
 @pytest.fixture
@@ -100,6 +102,23 @@ def test_notes_warn_of_numbers_that_mislead(at_hand: Teacher, tiny_run: Path) ->
     notes = " ".join(pipeline.evaluate(file, num_images=4, device="cpu")["notes"])  # type: ignore[arg-type]
     for part in ("not comparable with Inception", "4 images of the student", "--repeats"):
         assert part in notes
+
+
+@pytest.mark.parametrize(("num_images", "nearest"), [(4, 5), (70, 100)])
+def test_the_floor_is_that_of_the_nearest_number_of_images(
+    teacher: Teacher, own_space: FeatureSpace, num_images: int, nearest: int
+) -> None:
+    own = dataclasses.replace(own_space, floor={5: 0.5, 100: 0.1})
+    teacher.feature_space = lambda: own  # type: ignore[method-assign]
+    facts = pipeline._facts(reference_for(teacher, None, CPU), num_images)
+    assert facts["floor"] == {"num_images": nearest, "fid": own.floor[nearest]}
+
+
+def test_steps_that_the_teacher_lacks_are_refused_before_any_image(at_hand: Teacher, tiny_run: Path) -> None:
+    seen: list[object] = []
+    with pytest.raises(UsageError, match="no 100000 timesteps"):
+        pipeline.evaluate(tiny_run, num_images=4, teacher_steps=(1, 100_000), device="cpu", progress=seen.append)  # type: ignore[arg-type]
+    assert not seen
 
 
 @pytest.mark.parametrize(
