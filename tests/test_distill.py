@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,12 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.pipelines import distill as pipeline
 from bootcli.pipelines.distill import distill, dry_run
 from bootcli.pipelines.events import Finished, Previewed, Saved, Started, Stepped
 from bootcli.pipelines.settings import resolve_config, resume_config
+from bootcli.pipelines.setup import set_up
 from bootcli.store.rundir import RunDir
+from bootcli.teachers.registry import load
 from bootcli.trainer import StepReport, Trainer
 
 
@@ -280,3 +284,11 @@ def test_a_stored_run_needs_no_teacher_weights_to_sample(tiny_run: Path, monkeyp
     assert student.sample(eps, Cond()).shape == (2, 1, 8, 8)
     at_t_min = student(eps, torch.zeros(2, dtype=torch.float64), Cond())
     assert torch.equal(at_t_min, student.sample(eps, Cond())), "the time branch is exactly 0 at t_min"
+
+
+def test_a_resumed_run_does_not_need_what_it_started_from(settings: dict[str, object]) -> None:
+    config, engine = resolve_config(settings, {}, {}), Engine("cpu", "no")
+    config = dataclasses.replace(config, init_from="gone")
+    set_up(load(config.teacher).teacher, config, engine, fresh=False)
+    with pytest.raises(BootError, match="gone"):
+        set_up(load(config.teacher).teacher, config, engine)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -77,3 +79,23 @@ def test_muon_steps_hidden_layers_and_leaves_the_rest_to_adamw() -> None:
 def test_muon_takes_steps_as_long_as_adamw() -> None:
     muon, adamw = (step(name, nn.Linear(64, 64))["weight"].square().mean().sqrt() for name in ("muon", "adamw"))
     assert float(muon / adamw) == pytest.approx(0.2, rel=0.2)  # AdamW's first step is sign-like, later ones 0.2 of it
+
+
+def test_muon_decays_hidden_weights() -> None:
+    layer = nn.Linear(8, 8, bias=False)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.zeros(8, 8)
+    make_optimizer(layer, resolve({"learning_rate": 0.1, "optimizer.weight_decay": 0.5})).step()
+    assert torch.allclose(layer.weight, before * (1 - 0.1 * 0.5))
+
+
+def test_a_loss_scaler_skips_a_step_of_infinite_gradients() -> None:
+    layer = nn.Linear(8, 8)
+    before = [p.detach().clone() for p in layer.parameters()]
+    optimizer, scaler = make_optimizer(layer, resolve({})), torch.amp.GradScaler("cpu")
+    scaler.scale(layer(torch.ones(1, 8)).sum()).backward()
+    for p in layer.parameters():
+        p.grad = torch.full_like(p, math.inf)
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert all(torch.equal(p, old) for p, old in zip(layer.parameters(), before, strict=True))

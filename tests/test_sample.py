@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.pipelines.sample import sample
 from bootcli.pipelines.setup import condition_of
-from bootcli.sampler import prior_noise, teacher_images
+from bootcli.plugin import Cond, Teacher
+from bootcli.sampler import prior_noise, student_images, teacher_images
 from bootcli.store.artifact import find_artifact, load_student
 from bootcli.store.tensors import read_tensors, write_tensors
+from bootcli.student import Student
 from bootcli.teachers.registry import load
 from bootcli.teachers.view import TeacherView
 
@@ -175,3 +178,18 @@ def test_conditions_are_a_function_of_the_seed(class_run: Path) -> None:
     assert cond_of([0, 1, 2, 7]).tensors["labels"].tolist() == [1, 3, 1, 3]
     everything = from_dict({**to_dict(artifact.config), "classes": None})
     assert condition_of(artifact.student.teacher, everything)([6]).tensors["labels"].tolist() == [2]
+
+
+def test_a_single_image_is_computed_like_one_of_many(tiny_teacher: Teacher) -> None:
+    """Products of one row may round another way, so a batch of one is drawn as two."""
+    sizes = []
+
+    def cond_of(seeds: Sequence[int]) -> Cond:
+        sizes.append(len(seeds))
+        return Cond()
+
+    student, engine = Student(tiny_teacher, "x0", 0.0), Engine("cpu", "no")
+    drawn = list(student_images(student, cond_of, range(5), 2, engine))
+    drawn += list(teacher_images(TeacherView(tiny_teacher), 2, cond_of, range(5), 2, engine))
+    assert [len(batch) for batch in drawn] == [2, 2, 1] * 2
+    assert set(sizes) == {2}
