@@ -8,12 +8,16 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bootcli.cli.teachers import teachers
+from bootcli.closed_form import GaussianTeacher
 from bootcli.errors import BootError, UsageError
+from bootcli.maths.schedule import LinearPath
 from bootcli.teachers import hub, registry
 
 from .conftest import Cli
@@ -236,3 +240,11 @@ def test_a_broken_connection_and_a_full_disk_are_told_apart(monkeypatch: pytest.
     monkeypatch.setattr("huggingface_hub.snapshot_download", _raise(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         hub.fetch("someone/something", [])
+
+
+def test_a_terminal_snr_of_zero_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    flow = GaussianTeacher(torch.zeros(1, 2, 2), 0.5, LinearPath())
+    loaded = registry.Loaded(flow, SimpleNamespace(name="flow"), "here", "test")  # type: ignore[arg-type]
+    monkeypatch.setattr(registry, "load", lambda name: loaded)
+    teachers("flow")
+    assert "terminal snr" in capsys.readouterr().out

@@ -14,7 +14,6 @@ from bootcli_ddpm.features import CONFIG, REFERENCE, WEIGHTS, FeatureNetwork, sh
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import save_file
 
-from bootcli.cli.teachers import teachers
 from bootcli.errors import BootError, UsageError
 from bootcli.plugin import Cond, check_teacher
 from bootcli.student import Student
@@ -276,8 +275,3 @@ def test_a_damaged_feature_space(make_folder: MakeFolder, changes: dict[str, Any
     write_features(folder / "features", **changes)
     with pytest.raises(BootError, match="features is damaged"):
         family.load(folder).feature_space()
-
-
-def test_a_terminal_snr_of_zero_is_shown(make_folder: MakeFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    teachers(str(make_folder({}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})))
-    assert "terminal snr" in capsys.readouterr().out
