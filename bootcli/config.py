@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Interval, Le
+from annotated_types import Ge, Gt, Interval
 
 from bootcli.errors import UsageError
 
@@ -28,6 +28,9 @@ PositiveFloat = Annotated[float, Interval(gt=0, lt=math.inf)]
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
 Decay = Annotated[float, Interval(ge=0, lt=1)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
+Step = Annotated[float, Interval(gt=0, le=1)]
+Power = Annotated[float, Interval(ge=0, le=1)]
+Solver = Literal["euler", "midpoint", "heun"]
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,18 @@ class OptimizerConfig:
 class BootConfig:
     """The BOOT objective (`bootcli.objectives.boot`)."""
 
-    delta: Annotated[float, Gt(0), Le(1)] = 0.1
+    delta: Step = 0.1
     """Bootstrap step t - s, as a fraction of the time range."""
-    solver: Literal["euler", "midpoint", "heun"] = "midpoint"
+    delta_end: Step | None = None
+    """Bootstrap step at the end of the training; None: as at its start."""
+    solver: Solver = "midpoint"
     """Teacher step."""
+    teacher_steps: Positive = 1
+    """Teacher steps in a bootstrap step."""
+    time_power: PositiveFloat = 1.0
+    """1 draws t uniformly; above 1 more of it near data, below 1 near noise."""
+    power: Power = 0.0
+    """Weight 1 / error^k of each sample: 0 is the squared error, 0.5 pseudo-Huber, 1 the same pull for all."""
     weight: Literal["auto", "uniform", "velocity", "target"] = "auto"
     """w_t: 1; 1 / tau^2 with tau = sigma / (alpha + sigma); or (1 - r)^2, the plain error of the target. Auto is
     velocity for a flow teacher, else uniform."""
@@ -84,11 +95,84 @@ class BootConfig:
 
 
 @dataclass(frozen=True)
+class FreeFlowConfig:
+    """FreeFlow's prediction objective (`bootcli.objectives.freeflow`)."""
+
+    delta: Step = 0.05
+    """Distance to the noisier neighbour, as a fraction of the time range."""
+    derivative: Literal["difference", "jvp"] = "difference"
+    """How dy / dlambda is found; jvp is exact, and needs a network with forward-mode derivatives."""
+    power: Power = 1.0
+    """As in boot."""
+    beta: Annotated[float, Ge(0)] = 1.0
+    """Weight of the boundary term."""
+    boundary_every: Positive = 4
+    """Every n-th sample of the batch also enters the boundary term."""
+
+
+@dataclass(frozen=True)
+class KDConfig:
+    """Direct distillation (`bootcli.objectives.kd`)."""
+
+    teacher_steps: Positive = 8
+    """Teacher steps in a path."""
+    solver: Solver = "midpoint"
+    """Teacher step."""
+    buffer: Positive = 16_384
+    """Paths that are kept."""
+    reuse: Positive = 8
+    """How often a path is drawn on average before a newer one takes its place."""
+    power: Power = 0.0
+    """As in boot."""
+
+
+@dataclass(frozen=True)
+class CorrectionConfig:
+    """The corrector (`bootcli.objectives.corrector`), beside any objective."""
+
+    share: Annotated[float, Interval(gt=0, lt=1)] = 0.25
+    """Part of the batch that corrects; the rest predicts."""
+    start: Count = 0
+    """Updates before there is a critic."""
+    warmup: Count = 200
+    """Updates in which the critic learns and the student does not listen yet."""
+    balance: PositiveFloat = 1.0
+    """Pull of the correction, in units of the prediction's."""
+    levels: Positive = 1
+    """Noise levels for each sample."""
+    tau_power: PositiveFloat = 1.0
+    """1 draws noise levels uniformly in time; below 1 more of them near noise."""
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 0.7)
+    """Levels sigma / (alpha + sigma) at which the teacher is guided, where the run is."""
+    critic: Literal["full", "lora"] = "full"
+    """A copy of the teacher, or a LoRA on it: less memory, and less to learn with."""
+    lora_rank: Positive = 32
+    learning_rate_scale: PositiveFloat = 1.0
+    """Learning rate of the critic, in units of the student's."""
+
+
+@dataclass(frozen=True)
+class RefinerConfig:
+    """Few-step refinement (`bootcli.objectives.refiner`), beside any objective."""
+
+    share: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    """Part of the batch that learns to go on from a noised sample; 0: the student samples in one step only."""
+    times: tuple[Annotated[float, Interval(gt=0, lt=1)], ...] = (0.6, 0.4, 0.2)
+    """Times that samples are noised to, falling, as fractions of the time range."""
+    teacher_steps: Positive = 2
+    """Teacher steps from there to the end."""
+    solver: Solver = "midpoint"
+    """Teacher step."""
+
+
+@dataclass(frozen=True)
 class DistillConfig:
     """One distillation run. Written to the run folder before step 0."""
 
     teacher: str = "fashion"
-    objective: Literal["boot"] = "boot"
+    objective: Literal["boot", "freeflow", "kd"] = "boot"
+    corrector: bool | None = None
+    """Correct the student's samples too; None: with freeflow only."""
     prompts: str | None = None
     """File with one prompt per line."""
     negative_prompt: str | None = None
@@ -114,6 +198,10 @@ class DistillConfig:
     student: StudentConfig = field(default_factory=StudentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     boot: BootConfig = field(default_factory=BootConfig)
+    freeflow: FreeFlowConfig = field(default_factory=FreeFlowConfig)
+    kd: KDConfig = field(default_factory=KDConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    refiner: RefinerConfig = field(default_factory=RefinerConfig)
 
 
 RESUMABLE = frozenset({"log_every", "preview_every", "preview_teacher_steps", "checkpoint_every", "keep_checkpoints"})

@@ -80,15 +80,18 @@ class Engine:
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The module and optimiser made ready for several processes and loss scaling."""
         module, optimizer = self._accelerator.prepare(module, optimizer)
+        # Our own `autocast` stands around every loss; accelerate's, inside forward, could not be switched off there.
+        self._accelerator.unwrap_model(module, keep_fp32_wrapper=False)
         return module, optimizer
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients, scaled where the precision needs it."""
         self._accelerator.backward(loss)
 
-    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-        """Clip the gradient norm; returns it as it was."""
-        return float(self._accelerator.clip_grad_norm_(list(parameters), max_norm))
+    def clip(self, modules: Iterable[nn.Module], max_norm: float) -> list[float]:
+        """Clip the gradient norm of each module; returns them as they were."""
+        self._accelerator.unscale_gradients()  # once for all: a second time is refused
+        return [float(nn.utils.clip_grad_norm_(module.parameters(), max_norm)) for module in modules]
 
     def no_sync(self, module: nn.Module) -> AbstractContextManager[object]:
         """Do not exchange gradients: for all micro-batches but the last."""
@@ -99,6 +102,11 @@ class Engine:
         """The mean over processes."""
         reduced: Tensor = self._accelerator.reduce(value, reduction="mean")
         return reduced
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in their order; all have equally many."""
+        gathered: Tensor = self._accelerator.gather(rows)
+        return gathered
 
     def largest(self, value: int) -> int:
         """The largest of the processes' values; all must ask at the same point."""

@@ -12,24 +12,23 @@ from bootcli.config import DistillConfig, OptimizerConfig
 from bootcli.muon import Muon
 
 
-def make_optimizer(student: nn.Module, config: DistillConfig) -> torch.optim.Optimizer:
-    """The optimiser of all the student's parameters.
+def make_optimizer(module: nn.Module, config: DistillConfig) -> torch.optim.Optimizer:
+    """The optimiser of all parameters of a module that need gradients.
 
     Both names take the same learning rate.
     """
     settings = config.optimizer
+    parameters = [p for p in module.parameters() if p.requires_grad]
     match settings.name:
         case "muon":
-            return Muon(
-                student.parameters(), config.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
-            )
+            return Muon(parameters, config.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
         case "adamw":
             return torch.optim.AdamW(
-                student.parameters(),
+                parameters,
                 lr=config.learning_rate,
                 weight_decay=settings.weight_decay,
                 betas=settings.betas,
-                fused=next(student.parameters()).device.type in ("cpu", "cuda"),
+                fused=parameters[0].device.type in ("cpu", "cuda"),
             )
         case _:
             assert_never(settings.name)

@@ -82,28 +82,30 @@ class Student(nn.Module):
     def _add_offset(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
         return output if self._offset is None else output + self._offset.to(output.dtype)
 
-    def forward(self, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The signal at target times ``t`` on the paths that start from ``eps``; float32."""
+    def forward(self, eps: Tensor, t: Tensor, cond: Cond, start: Tensor | None = None) -> Tensor:
+        """The signal at target times ``t`` on the paths that start from ``eps``; float32.
+
+        Args:
+            eps: prior noise, (b, c, h, w); with ``start``, samples ``x`` at those times.
+            t: target times, (b,).
+            cond: conditions of the samples.
+            start: times that the paths start at, (b,); None is t = 1, pure noise.
+        """
         self._offset = self.time_branch(t)
         try:
-            return self._read(self._predict(eps, cond), eps)
+            return self.sample(eps, cond, start)
         finally:
             self._offset = None
 
-    def sample(self, eps: Tensor, cond: Cond) -> Tensor:
+    def sample(self, eps: Tensor, cond: Cond, start: Tensor | None = None) -> Tensor:
         """y(eps, t_min, c): the stock network alone, without the time branch (which is 0 there)."""
-        return self._read(self._predict(eps, cond), eps)
-
-    def _predict(self, eps: Tensor, cond: Cond) -> Tensor:
-        start = self.teacher.spec.schedule.prior_scale * eps
-        return self.teacher.predict(self.net, start, torch.ones(len(eps), dtype=torch.float64), cond)
-
-    def _read(self, output: Tensor, eps: Tensor) -> Tensor:
-        if self.head == "x0":
-            return output.float()
         spec = self.teacher.spec
-        at = spec.schedule(torch.ones(len(eps), dtype=torch.float64))
-        return to_x0(spec.prediction, output.float(), spec.schedule.prior_scale * eps.float(), at)
+        x = spec.schedule.prior_scale * eps if start is None else eps
+        at = torch.ones(len(eps), dtype=torch.float64) if start is None else start
+        output = self.teacher.predict(self.net, x, at, cond).float()
+        if self.head == "x0":
+            return output
+        return to_x0(spec.prediction, output, x.float(), spec.schedule(at))
 
     def start_at(self, mean: Tensor, start_t: float, eps: Tensor, cond: Cond) -> None:
         """Make an ``x0`` head a good place to start from.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import time
@@ -11,13 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bootcli.config import DistillConfig
+from bootcli.critic import Critic
 from bootcli.ema import EMA
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.objectives.base import Objective, Terms
+from bootcli.objectives.corrector import Corrector, CorrectorDraw
+from bootcli.objectives.kd import KD
+from bootcli.objectives.refiner import Refiner, RefinerDraw
 from bootcli.optimizer import learning_rate, make_optimizer
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond
@@ -61,20 +66,102 @@ def stream(seed: int, *place: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a trainer trains, on the engine's device.
+
+    Args:
+        student: the network.
+        objective: what it is trained on.
+        conditions: the pool that every sample draws its condition from, or none for an unconditional teacher.
+        corrector, critic: what corrects its samples, where the run has that.
+        refiner: what teaches it to go on from its own samples, where the run has that.
+    """
+
+    student: Student
+    objective: Objective[Any]
+    conditions: Cond
+    corrector: Corrector | None = None
+    critic: Critic | None = None
+    refiner: Refiner | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How many samples of a micro-batch each objective takes."""
+
+    prediction: int
+    correction: int
+    refinement: int
+
+    @property
+    def whole(self) -> int:
+        """Samples in the micro-batch."""
+        return self.prediction + self.correction + self.refinement
+
+    @classmethod
+    def of(cls, config: DistillConfig, size: int) -> Parts:
+        """The configured shares of ``size`` samples, at least one where there is any. Raises `UsageError`."""
+        correction = max(1, round(config.correction.share * size)) if config.corrector else 0
+        refinement = max(1, round(config.refiner.share * size)) if config.refiner.share else 0
+        if correction + refinement >= size:
+            raise UsageError(
+                f"{size} samples in a micro-batch leave none to predict beside {correction} that correct and "
+                f"{refinement} that refine.",
+                "Take a larger --batch-size, or smaller shares.",
+            )
+        return cls(size - correction - refinement, correction, refinement)
+
+    def without_correction(self) -> Parts:
+        """The same batch before there is a critic."""
+        return Parts(self.prediction + self.correction, 0, self.refinement)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The randomness of one update."""
+
+    prediction: Any
+    correction: CorrectorDraw | None
+    refinement: RefinerDraw | None
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Running means of how strongly prediction and correction pull (FreeFlow's kappa).
+
+    They come from earlier updates, so that an update does not depend on how its batch is split.
+    """
+
+    prediction: float = 0.0
+    correction: float = 0.0
+    updates: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """What makes the correction pull as the prediction does."""
+        return self.prediction / (self.correction + 1e-12) if self.updates else 0.0
+
+    def updated(self, prediction: float, correction: float) -> Balance:
+        """After another update; the newest 20 or so count."""
+        keep = min(0.95, self.updates / (self.updates + 1))
+        return Balance(
+            keep * self.prediction + (1 - keep) * prediction,
+            keep * self.correction + (1 - keep) * correction,
+            self.updates + 1,
+        )
+
+
 class Trainer:
     """The state of a training run and the loop that advances it.
 
     Args:
-        student: on the engine's device.
-        objective: what it is trained on.
-        conditions: the pool that every sample draws its condition from, or None for an unconditional teacher.
+        work: networks and objectives, on the engine's device.
         config: optimisation settings.
         engine: device, precision, processes.
     """
 
-    def __init__(
-        self, student: Student, objective: Objective[Any], conditions: Cond, config: DistillConfig, engine: Engine
-    ) -> None:
+    def __init__(self, work: Work, config: DistillConfig, engine: Engine) -> None:
         shares = config.optimizer.accumulation * engine.num_processes
         if config.batch_size % shares:
             raise UsageError(
@@ -82,14 +169,20 @@ class Trainer:
                 f"on {engine.num_processes} processes.",
                 "Make it a multiple of their product.",
             )
-        self.student = student
-        self.objective = objective
-        self.conditions = conditions
+        self.work = work
         self.config = config
         self.engine = engine
         self.step = 0
+        self.parts = Parts.of(config, config.batch_size // shares)
+        self.balance = Balance()
+        student, critic = work.student, work.critic
         self.ema = EMA(student, config.optimizer.ema_decay)
         self._module, self.optimizer = engine.prepare(student, make_optimizer(student, config))
+        self._critic, self.critic_optimizer = None, None
+        if critic is not None:
+            rate = config.learning_rate * config.correction.learning_rate_scale
+            optimizer = make_optimizer(critic, dataclasses.replace(config, learning_rate=rate))
+            self._critic, self.critic_optimizer = engine.prepare(critic, optimizer)
 
     def run(self) -> Iterator[StepReport]:
         """Advance to ``config.steps``, one report per update.
@@ -101,72 +194,145 @@ class Trainer:
 
     def _update(self, step: int) -> StepReport:
         began = time.perf_counter()
-        rate = learning_rate(self.config.optimizer, self.config.learning_rate, step, self.config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        config, engine = self.config, self.engine
+        rate = learning_rate(config.optimizer, config.learning_rate, step, config.steps)
         terms = self._accumulate(step)
-        loss = float(self.engine.mean(sum_loss(terms)))
+        loss = float(engine.mean(sum_loss(terms)))
         if not math.isfinite(loss):
             raise BootError(f"The loss is {loss} at step {step}.", AGAIN)
-        norm = self.engine.clip(self.student.parameters(), self.config.optimizer.clip_norm)
-        if not math.isfinite(norm) and self.engine.scaler is None:
-            raise BootError(f"The gradient is {norm} at step {step}.", AGAIN)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.update(self.student, step)
+        trained: list[tuple[nn.Module, torch.optim.Optimizer, float]] = [(self.work.student, self.optimizer, rate)]
+        if self.critic_optimizer is not None and self.work.critic is not None and self._critic_learns(step):
+            trained.append((self.work.critic, self.critic_optimizer, rate * config.correction.learning_rate_scale))
+        norms = engine.clip([module for module, _, _ in trained], config.optimizer.clip_norm)
+        if not all(math.isfinite(norm) for norm in norms) and engine.scaler is None:
+            raise BootError(f"The gradient is {norms[0]} at step {step}.", AGAIN)
+        for _, optimizer, each in trained:
+            for group in optimizer.param_groups:
+                group["lr"] = each
+            optimizer.step()
+            optimizer.zero_grad()
+        self.ema.update(self.work.student, step)
         self.step = step
-        return report(step, loss, terms, norm, rate, time.perf_counter() - began)
+        return report(step, loss, terms, norms[0], rate, time.perf_counter() - began)
+
+    def _critic_learns(self, step: int) -> bool:
+        return self.work.critic is not None and step > self.config.correction.start
+
+    def _student_listens(self, step: int) -> bool:
+        return self._critic_learns(step) and step > self.config.correction.start + self.config.correction.warmup
 
     def _accumulate(self, step: int) -> list[Terms]:
         """Gradients of this process's share of the batch, in micro-batches."""
-        config, engine = self.config, self.engine
+        config, engine, work = self.config, self.engine, self.work
         generator = stream(config.seed, step)
-        draw = self.objective.draw(generator, config.batch_size)
-        pool = next((len(tensor) for tensor in self.conditions.tensors.values()), 1)
-        rows = torch.randint(pool, (config.batch_size,), generator=generator)
-        parts = config.optimizer.accumulation
-        size = config.batch_size // (parts * engine.num_processes)
+        if isinstance(work.objective, KD):
+            work.objective.renew(generator, config.batch_size, step, engine)
+        micro = config.optimizer.accumulation
+        sizes = self.parts if self._critic_learns(step) else self.parts.without_correction()
+        draws = self._draw(generator, sizes, micro * engine.num_processes, (step - 1) / config.steps)
         terms = []
-        for part in range(parts):
-            first = (part * engine.num_processes + engine.rank) * size
-            share = slice(first, first + size)
-            with engine.autocast(), nullcontext() if part == parts - 1 else engine.no_sync(self._module):
-                cond = self.conditions.rows(rows[share]).to(engine.device)
-                mine = self.objective.take(draw, share, engine.device)
-                term = self.objective.loss(self._module, mine, cond)  # type: ignore[arg-type]
-            engine.backward(term.loss / parts)
+        for part in range(micro):
+            index = part * engine.num_processes + engine.rank
+            last = part == micro - 1
+            with (
+                engine.autocast(),
+                nullcontext() if last else engine.no_sync(self._module),
+                nullcontext() if last or self._critic is None else engine.no_sync(self._critic),
+            ):
+                term = self._micro_batch(draws, sizes, index, listens=self._student_listens(step))
+            engine.backward(term.loss / micro)
             terms.append(term)
+        self._balance(terms)
         return terms
+
+    def _draw(self, generator: torch.Generator, sizes: Parts, shares: int, progress: float) -> Draws:
+        """The randomness of the whole global batch."""
+        work, pool = self.work, len(self.work.conditions)
+        prediction = work.objective.draw(generator, sizes.prediction * shares, pool, progress)
+        correction = refinement = None
+        if work.corrector is not None and sizes.correction:
+            correction = work.corrector.draw(generator, sizes.correction * shares, pool)
+        if work.refiner is not None and sizes.refinement:
+            refinement = work.refiner.draw(generator, sizes.refinement * shares, pool)
+        return Draws(prediction, correction, refinement)
+
+    def _micro_batch(self, draws: Draws, sizes: Parts, index: int, *, listens: bool) -> Terms:
+        """The terms of one micro-batch; the loss is the mean over its samples, and the critic's beside it."""
+        work, device = self.work, self.engine.device
+        student: Any = self._module
+
+        def rows(count: int) -> slice:
+            return slice(index * count, (index + 1) * count)
+
+        def cond_of(draw: Any) -> Cond:
+            return work.conditions.rows(draw.rows).to(device)
+
+        mine = work.objective.take(draws.prediction, rows(sizes.prediction), device)
+        terms = work.objective.loss(student, mine, cond_of(mine))
+        loss, parts = terms.loss * sizes.prediction / sizes.whole, dict(terms.parts)
+        if draws.correction is not None and work.corrector is not None and self._critic is not None:
+            corrected = work.corrector.take(draws.correction, rows(sizes.correction), device)
+            correction = work.corrector.loss(student, self._critic, corrected, cond_of(corrected), listens=listens)
+            loss = loss + correction.critic
+            parts |= {"critic": correction.critic.detach(), "gap": correction.gap.mean()}
+            if listens:
+                kappa = self.config.correction.balance * self.balance.ratio
+                loss = loss + kappa * correction.student * sizes.correction / sizes.whole
+            terms = dataclasses.replace(terms, correction_pull=correction.pull)
+        if draws.refinement is not None and work.refiner is not None:
+            refined = work.refiner.take(draws.refinement, rows(sizes.refinement), device)
+            refinement = work.refiner.loss(student, refined, cond_of(refined))
+            loss = loss + refinement * sizes.refinement / sizes.whole
+            parts["refinement"] = refinement.detach()
+        return dataclasses.replace(terms, loss=loss, parts=parts)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: tensors, and JSON-able facts."""
-        tensors = {f"student.{name}": p.detach() for name, p in self.student.state_dict().items()}
+        tensors = {f"student.{name}": p.detach() for name, p in self.work.student.state_dict().items()}
         tensors |= {f"ema.{name}": p for name, p in self.ema.weights.items()}
-        optimizer = self.optimizer.state_dict()["state"]
-        tensors |= {f"optimizer.{i}.{name}": v for i, slots in optimizer.items() for name, v in slots.items()}
+        tensors |= _optimizer_tensors("optimizer", self.optimizer)
+        if self.work.critic is not None and self.critic_optimizer is not None:
+            tensors |= {f"critic.{name}": p for name, p in self.work.critic.trained().items()}
+            tensors |= _optimizer_tensors("critic_optimizer", self.critic_optimizer)
+        if isinstance(self.work.objective, KD):
+            tensors |= {f"buffer.{name}": tensor for name, tensor in self.work.objective.state().items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.engine.device)
         scaler = self.engine.scaler
-        return tensors, {"step": self.step, "scaler": scaler.state_dict() if scaler else None}
+        facts = {
+            "step": self.step,
+            "balance": dataclasses.asdict(self.balance),
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        return tensors, facts
 
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Continue from what `state` gave, bit for bit. Raises `KeyError` or `RuntimeError` where it does not fit."""
-        self.student.load_state_dict(_below(tensors, "student."))
+        self.work.student.load_state_dict(_below(tensors, "student."))
         averages = _below(tensors, "ema.")
         self.ema.weights = {name: averages[name].to(p.device) for name, p in self.ema.weights.items()}
-        slots: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _below(tensors, "optimizer.").items():
-            index, slot = name.split(".")
-            slots.setdefault(int(index), {})[slot] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        _load_optimizer(self.optimizer, _below(tensors, "optimizer."))
+        if self.work.critic is not None and self.critic_optimizer is not None:
+            self.work.critic.load_trained(_below(tensors, "critic."))
+            _load_optimizer(self.critic_optimizer, _below(tensors, "critic_optimizer."))
+        if isinstance(self.work.objective, KD):
+            self.work.objective.load_state(_below(tensors, "buffer."))
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.engine.device)
         if self.engine.scaler is not None and facts["scaler"]:
             self.engine.scaler.load_state_dict(facts["scaler"])
+        self.balance = Balance(**facts["balance"])
         self.step = int(facts["step"])
+
+    def _balance(self, terms: list[Terms]) -> None:
+        """Take the pulls of this update into the balance of the next ones."""
+        prediction = torch.cat([term.pull for term in terms]).mean()
+        corrections = [term.correction_pull for term in terms if term.correction_pull is not None]
+        if corrections:
+            both = self.engine.mean(torch.stack([prediction, torch.cat(corrections).mean()]))
+            self.balance = self.balance.updated(float(both[0]), float(both[1]))
 
 
 def sum_loss(terms: list[Terms]) -> Tensor:
@@ -190,6 +356,19 @@ def report(step: int, loss: float, terms: list[Terms], norm: float, rate: float,
         seconds=seconds,
         images=len(residual),
     )
+
+
+def _optimizer_tensors(name: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{name}.{i}.{slot}": value for i, slots in state.items() for slot, value in slots.items()}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, slot = name.split(".")
+        slots.setdefault(int(index), {})[slot] = tensor
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ GuidanceOption = Annotated[
     ),
 ]
 ObjectiveOption = Annotated[
-    Literal["boot"] | None,
+    Literal["boot", "freeflow", "kd"] | None,
     typer.Option(help="What to train on.", show_default="boot", rich_help_panel=TRAINING),
 ]
 StepsOption = Annotated[

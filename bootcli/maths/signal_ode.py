@@ -83,3 +83,20 @@ def solve_step(
         case _:
             assert_never(solver)
     return exact_step(y_t, f, r)
+
+
+def solve(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    y_t: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    s: Tensor,
+    solver: Solver,
+    steps: int,
+) -> Tensor:
+    """`solve_step` repeated: ``steps`` steps of equal length in t from t to s. Shapes as there."""
+    for i in range(steps):
+        left, right = torch.lerp(t, s, i / steps), torch.lerp(t, s, (i + 1) / steps)
+        y_t = solve_step(denoiser, schedule, y_t, eps, left, right, solver)
+    return y_t

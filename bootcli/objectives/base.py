@@ -1,4 +1,4 @@
-"""What the trainer asks of an objective."""
+"""What the trainer asks of an objective, and what the objectives along the path share."""
 
 from __future__ import annotations
 
@@ -9,10 +9,25 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from bootcli.maths.broadcast import like
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond
+from bootcli.teachers.view import TeacherView
 
-D = TypeVar("D")
+
+class Draw(Protocol):
+    """The randomness of one batch. Every kind of draw has at least these."""
+
+    @property
+    def eps(self) -> Tensor:
+        """Prior noise, (b, c, h, w)."""
+
+    @property
+    def rows(self) -> Tensor:
+        """Index of each sample's condition in the pool, (b,), int64."""
+
+
+D = TypeVar("D", bound=Draw)
 
 
 @dataclass(frozen=True)
@@ -22,14 +37,19 @@ class Terms:
     Args:
         loss: scalar, with gradient.
         parts: named detached scalars that add up to the loss.
-        residual: mean square of the residual R per sample, shape (b,), detached; 0 on the teacher's own paths.
+        residual: mean square of the residual per sample, shape (b,), detached; 0 on the teacher's own paths.
         t: the time of each residual, shape (b,).
+        pull: root mean square of the gradient of each sample's loss at the student's output (times its number of
+            values), shape (b,), detached: what a corrector is balanced against.
+        correction_pull: the same of the corrector's samples, where there are any.
     """
 
     loss: Tensor
     parts: Mapping[str, Tensor]
     residual: Tensor
     t: Tensor
+    pull: Tensor
+    correction_pull: Tensor | None = None
 
 
 class Objective(Protocol, Generic[D]):
@@ -39,8 +59,15 @@ class Objective(Protocol, Generic[D]):
     process and a micro-batch its rows, so the update does not depend on how the batch is split.
     """
 
-    def draw(self, generator: torch.Generator, batch_size: int) -> D:
-        """Noise, times and whatever else one update needs, for ``batch_size`` samples."""
+    def draw(self, generator: torch.Generator, batch_size: int, pool: int, progress: float) -> D:
+        """Noise, conditions, times and whatever else one update needs.
+
+        Args:
+            generator: of this update.
+            batch_size: number of samples.
+            pool: number of conditions to draw from.
+            progress: share of the training that is done, in [0, 1].
+        """
 
     def take(self, draw: D, rows: slice, device: torch.device) -> D:
         """The rows of a draw, with the noise on a device."""
@@ -49,8 +76,93 @@ class Objective(Protocol, Generic[D]):
         """The loss of those samples; pure: the same arguments give the same value."""
 
 
-def stratified(generator: torch.Generator, n: int, low: float, high: float) -> Tensor:
-    """n times, each uniform in [low, high), one in each of n equal strata, in random order; float64 (n,)."""
+@dataclass(frozen=True)
+class PathDraw:
+    """One batch of an objective along the path; on the CPU until `take_path`.
+
+    Args:
+        eps: noise (b, c, h, w), float32.
+        rows: conditions, (b,), int64.
+        t, s: times t > s, (b,), float64.
+        anchor: weight of each sample in the boundary term, (b,), of mean 1 over the global batch; most are 0.
+    """
+
+    eps: Tensor
+    rows: Tensor
+    t: Tensor
+    s: Tensor
+    anchor: Tensor
+
+
+def take_path(draw: PathDraw, rows: slice, device: torch.device) -> PathDraw:
+    """The rows of a draw, with the noise on a device."""
+    return PathDraw(draw.eps[rows].to(device), draw.rows[rows], draw.t[rows], draw.s[rows], draw.anchor[rows])
+
+
+def every(batch_size: int, n: int) -> Tensor:
+    """Weights (b,) of mean 1 that are 0 but for every n-th sample."""
+    chosen = (torch.arange(batch_size) % n == 0).float()
+    return chosen / chosen.mean()
+
+
+def path_start(teacher: TeacherView, eps: Tensor, cond: Cond, t_max: float) -> Tensor:
+    """y(eps, t_max): ``f(sigma * eps, t_max)``, where every path begins; shape of ``eps``."""
+    t = torch.full((len(eps),), t_max, dtype=torch.float64)
+    return teacher.x0(like(teacher.schedule(t).sigma, eps) * eps, t, cond)
+
+
+def at_boundary(
+    student: Student, teacher: TeacherView, draw: PathDraw, cond: Cond, times: Tensor, t_max: float
+) -> tuple[Tensor, Tensor]:
+    """The student at ``times`` and at the start of the path, in one call.
+
+    Args:
+        student: called with gradient.
+        teacher: the denoiser f.
+        draw: b samples.
+        cond: their conditions.
+        times: (b,).
+        t_max: where the path starts; x there is ``sigma * eps``.
+
+    Returns:
+        y at ``times``, (b, ...), and the boundary error ``||y(eps, t_max) - f||^2``: a scalar that averages, by the
+        weights in ``draw.anchor``, over all samples.
+    """
+    anchors = draw.anchor.nonzero().flatten()
+    start = draw.eps[anchors]
+    t_start = torch.full((len(anchors),), t_max, dtype=torch.float64)
+    f_start = start  # a small share of the batch may have no anchor
+    if len(anchors):
+        f_start = path_start(teacher, start, cond.rows(anchors), t_max)
+    y = student(torch.cat([draw.eps, start]), torch.cat([times, t_start]), cond.then(cond.rows(anchors)))
+    y_times, y_start = y.split([len(draw.eps), len(anchors)])
+    error = (y_start - f_start).square().flatten(1).mean(1)
+    return y_times, (like(draw.anchor[anchors], error) * error).sum() / len(draw.eps)
+
+
+def adaptive(square: Tensor, power: float) -> Tensor:
+    """The weight ``1 / (square + c)^power`` of each sample, (b,), without gradient.
+
+    power 0 is the plain squared error; 0.5 has the gradient of the pseudo-Huber loss with c^2 = 1e-4; 1 gives every
+    sample the same pull, however large its error (FreeFlow, Tong et al. 2025, arXiv 2511.19428).
+
+    Args:
+        square: mean square of each sample's residual, (b,).
+        power: k.
+    """
+    return (square.detach() + 1e-4) ** -power
+
+
+def stratified(generator: torch.Generator, n: int, low: float, high: float, power: float = 1.0) -> Tensor:
+    """n times in [low, high), one in each of n strata, in random order; float64 (n,).
+
+    With power 1 they are uniform; above 1 they crowd towards ``low``.
+    """
     strata = torch.randperm(n, generator=generator).double()
     jitter = torch.rand(n, generator=generator, dtype=torch.float64)
-    return low + (strata + jitter) / n * (high - low)
+    return low + ((strata + jitter) / n) ** power * (high - low)
+
+
+def conditions(generator: torch.Generator, n: int, pool: int) -> Tensor:
+    """n indices into a pool of conditions, (n,), int64."""
+    return torch.randint(pool, (n,), generator=generator)

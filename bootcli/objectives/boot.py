@@ -3,7 +3,7 @@
 | code | paper | meaning |
 |---|---|---|
 | y_t, y_s | g_theta(eps, t), g_theta(eps, s) | the student at the noisier and the cleaner time, s = t - delta |
-| target | | y_t moved one teacher step along the Signal-ODE; no gradient |
+| target | | y_t moved along the Signal-ODE by the teacher; no gradient |
 | R | | residual ``(target - y_s) / (1 - r)``: 0 exactly on the teacher's paths |
 
 The gradient is at s and the known value at the noisier t: information flows from noise to data (upwind).
@@ -11,7 +11,6 @@ The gradient is at s and the known value at the noisier t: information flows fro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import assert_never
 
 import torch
@@ -19,27 +18,20 @@ from torch import Tensor
 
 from bootcli.config import BootConfig
 from bootcli.maths.broadcast import like
-from bootcli.maths.signal_ode import solve_step, step_ratio
-from bootcli.objectives.base import Terms, stratified
+from bootcli.maths.signal_ode import solve, step_ratio
+from bootcli.objectives.base import (
+    PathDraw,
+    Terms,
+    adaptive,
+    at_boundary,
+    conditions,
+    every,
+    stratified,
+    take_path,
+)
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond
 from bootcli.teachers.view import TeacherView
-
-
-@dataclass(frozen=True)
-class BootDraw:
-    """One batch; on the CPU until `Boot.take`.
-
-    Args:
-        eps: noise (b, c, h, w), float32.
-        t, s: times t > s, (b,), float64.
-        anchor: weight of each sample in the boundary term, (b,), of mean 1 over the global batch; most are 0.
-    """
-
-    eps: Tensor
-    t: Tensor
-    s: Tensor
-    anchor: Tensor
 
 
 class Boot:
@@ -58,25 +50,28 @@ class Boot:
         self.t_min = t_min
         self.t_max = t_max
 
-    def draw(self, generator: torch.Generator, batch_size: int) -> BootDraw:
-        """t uniform in [t_min, t_max), stratified over the batch, and s = t - delta, or t_min where that is below it.
+    def draw(self, generator: torch.Generator, batch_size: int, pool: int, progress: float) -> PathDraw:
+        """t in [t_min, t_max), stratified over the batch, and s = t - delta, or t_min where that is below it.
 
         Where t_min still has noise, a step shorter than delta would have 1 - r near 0 in the weight's denominator: t
         then starts at t_min + delta.
         """
-        delta = self.config.delta * (self.t_max - self.t_min)
+        delta = self._delta(progress)
         clean = float(self.teacher.schedule(torch.tensor([self.t_min], dtype=torch.float64)).sigma) == 0
         eps = torch.randn(batch_size, *self.teacher.teacher.spec.sample_shape, generator=generator)
-        t = stratified(generator, batch_size, self.t_min if clean else self.t_min + delta, self.t_max)
+        low = self.t_min if clean else self.t_min + delta
+        t = stratified(generator, batch_size, low, self.t_max, self.config.time_power)
         t = t.clamp(min=self.t_min + 1e-6)  # a step needs some length
-        anchor = (torch.arange(batch_size) % self.config.boundary_every == 0).float()
-        return BootDraw(eps, t, (t - delta).clamp(min=self.t_min), anchor / anchor.mean())
+        rows = conditions(generator, batch_size, pool)
+        return PathDraw(
+            eps, rows, t, (t - delta).clamp(min=self.t_min), every(batch_size, self.config.boundary_every)
+        )  # fmt: skip
 
-    def take(self, draw: BootDraw, rows: slice, device: torch.device) -> BootDraw:
+    def take(self, draw: PathDraw, rows: slice, device: torch.device) -> PathDraw:
         """The rows of a draw, with the noise on a device."""
-        return BootDraw(draw.eps[rows].to(device), draw.t[rows], draw.s[rows], draw.anchor[rows])
+        return take_path(draw, rows, device)
 
-    def loss(self, student: Student, draw: BootDraw, cond: Cond) -> Terms:
+    def loss(self, student: Student, draw: PathDraw, cond: Cond) -> Terms:
         """Bootstrap term plus beta times the boundary term.
 
         Args:
@@ -86,28 +81,27 @@ class Boot:
         """
         eps, t, s, schedule = draw.eps, draw.t, draw.s, self.teacher.schedule
         with torch.no_grad():
-            target = solve_step(
+            target = solve(
                 lambda x, at: self.teacher.x0(x, at, cond), schedule, student(eps, t, cond), eps, t, s,
-                self.config.solver,
+                self.config.solver, self.config.teacher_steps,
             )  # fmt: skip
-            anchors = draw.anchor.nonzero().flatten()
-            start = eps[anchors]
-            t_max = torch.full((len(anchors),), self.t_max, dtype=torch.float64)
-            f_start = start  # a small share of the batch may have no anchor
-            if len(anchors):
-                f_start = self.teacher.x0(like(schedule(t_max).sigma, start) * start, t_max, cond.rows(anchors))
-        # One call of the student for both terms.
-        y = student(torch.cat([eps, start]), torch.cat([s, t_max]), cond.then(cond.rows(anchors)))
-        y_s, y_start = y.split([len(eps), len(anchors)])
+        y_s, start_error = at_boundary(student, self.teacher, draw, cond, s, self.t_max)
 
         one_minus_r = 1 - step_ratio(schedule(t), schedule(s))
         square = (y_s - target).square().flatten(1).mean(1)
-        residual = square / like(one_minus_r, square) ** 2
-        bootstrap = (like(self._weight(t, one_minus_r), residual) * residual).mean()
-        start_error = (y_start - f_start).square().flatten(1).mean(1)
-        boundary = self.config.beta * (like(draw.anchor[anchors], start_error) * start_error).sum() / len(eps)
+        gain = like(one_minus_r, square) ** -2
+        residual = gain * square
+        weight = like(self._weight(t, one_minus_r), residual) * adaptive(residual, self.config.power)
+        bootstrap = (weight * residual).mean()
+        boundary = self.config.beta * start_error
         parts = {"bootstrap": bootstrap.detach(), "boundary": boundary.detach()}
-        return Terms(bootstrap + boundary, parts, residual.detach(), t)
+        pull = 2 * weight * gain * square.detach().sqrt()
+        return Terms(bootstrap + boundary, parts, residual.detach(), t, pull)
+
+    def _delta(self, progress: float) -> float:
+        """The step at a moment of the training, in t: from ``delta`` to ``delta_end`` by equal factors."""
+        first, last = self.config.delta, self.config.delta_end or self.config.delta
+        return float(first * (last / first) ** min(1.0, progress) * (self.t_max - self.t_min))
 
     def _weight(self, t: Tensor, one_minus_r: Tensor) -> Tensor:
         """w_t, shape (b,), float64."""
@@ -115,7 +109,7 @@ class Boot:
             case "uniform" | "auto":  # auto is resolved where the teacher is known
                 return torch.ones_like(t)
             case "velocity":
-                delta = self.config.delta * (self.t_max - self.t_min)
+                delta = self._delta(1.0)
                 # Held where steps are cut short at t_min: 1 / tau^2 is 1e12 at the smallest t.
                 alpha, sigma = self.teacher.schedule(t.clamp(min=self.t_min + delta))
                 return ((alpha + sigma) / sigma) ** 2

@@ -49,7 +49,7 @@ def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite
     engine = Engine(config.device, config.mixed_precision)
     loaded = load(config.teacher)
     work = set_up(loaded.teacher, config, engine, fresh=not resume)
-    trainer = Trainer(work.student, work.objective, work.conditions, work.config, engine)
+    trainer = Trainer(work, work.config, engine)
     if resume:
         _restore(trainer, rundir)
     engine.wait()  # every process has looked at the folder
@@ -163,8 +163,7 @@ class _Session:
         teacher = work.view.teacher
         eps = prior_noise(range(self.config.seed, self.config.seed + PREVIEWS), teacher.spec.sample_shape)
         eps = eps.to(self.engine.device)
-        pool = next((len(tensor) for tensor in work.conditions.tensors.values()), 1)
-        cond = work.conditions.rows(torch.arange(PREVIEWS) % pool).to(self.engine.device)
+        cond = work.conditions.rows(torch.arange(PREVIEWS) % len(work.conditions)).to(self.engine.device)
         with self.engine.autocast(), self.trainer.ema.applied_to(work.student):
             if self._teacher_samples is None:
                 steps = self.config.preview_teacher_steps
@@ -203,7 +202,7 @@ def dry_run(config: DistillConfig) -> Estimate:
     engine = Engine(config.device, config.mixed_precision)
     loaded = load(config.teacher)
     work = set_up(loaded.teacher, config, engine)
-    trainer = Trainer(work.student, work.objective, work.conditions, dataclasses.replace(work.config, steps=2), engine)
+    trainer = Trainer(work, dataclasses.replace(work.config, steps=2), engine)
     *_, report = trainer.run()
     facts = _Session(RunDir(Path()), work, trainer, loaded.family.name, engine).facts(loaded.origin)
     return Estimate(

@@ -5,38 +5,40 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, assert_never
 
 import torch
 
 from bootcli.config import DistillConfig
+from bootcli.critic import Critic
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.maths.broadcast import like
+from bootcli.objectives.base import Objective
 from bootcli.objectives.boot import Boot
+from bootcli.objectives.corrector import Corrector
+from bootcli.objectives.freeflow import FreeFlow
+from bootcli.objectives.kd import KD
+from bootcli.objectives.refiner import Refiner
 from bootcli.sampler import CondOf, prior_noise
 from bootcli.store.artifact import load_student
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond, Teacher
 from bootcli.teachers.view import TeacherView
+from bootcli.trainer import Work
 
 
-@dataclass(frozen=True)
-class Distillation:
-    """What the trainer needs, on the engine's device.
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Work):
+    """A run that is set up.
 
     Args:
         view: the teacher as a guided denoiser.
-        conditions: the pool that samples draw from; empty where unconditional.
-        student: the network to train.
-        objective: what it is trained on.
         t_max: where the path starts.
         config: with every "auto" resolved.
     """
 
     view: TeacherView
-    conditions: Cond
-    student: Student
-    objective: Boot
     t_max: float
     config: DistillConfig
 
@@ -86,8 +88,7 @@ def condition_of(
         if teacher.spec.conditioning != "text":
             raise UsageError(f"--prompt: the teacher {config.teacher} takes no prompts.", "Leave it out.")
         pool = teacher.condition([prompt])
-    size = next((len(tensor) for tensor in pool.tensors.values()), 1)
-    return lambda seeds: pool.rows(torch.tensor(list(seeds)) % size)
+    return lambda seeds: pool.rows(torch.tensor(list(seeds)) % len(pool))
 
 
 def read_prompts(path: str | None) -> list[str]:
@@ -125,6 +126,7 @@ def set_up(teacher: Teacher, config: DistillConfig, engine: Engine, *, fresh: bo
         mixed_precision=engine.mixed_precision,
         student=dataclasses.replace(config.student, head=head),
         boot=dataclasses.replace(config.boot, weight=weight),
+        corrector=config.objective == "freeflow" if config.corrector is None else config.corrector,
     )
     torch.manual_seed(config.seed)  # the new layers of the student
     student = Student(teacher, head, config.student.t_min).to(engine.device)
@@ -134,11 +136,35 @@ def set_up(teacher: Teacher, config: DistillConfig, engine: Engine, *, fresh: bo
         _start_from(student, Path(config.init_from))
     elif fresh and head == "x0":
         start_x0_head(student, view, pool, t_max, config, engine)
+    corrector, critic = None, None
+    if config.corrector:
+        corrector = Corrector(config.correction, view, config.student.t_min, t_max)
+        critic = Critic(teacher, config.correction).to(engine.device)
+    refiner = Refiner(config.refiner, view, config.student.t_min, t_max) if config.refiner.share else None
     if config.optimizer.compile:
         student.net.compile()
         teacher.net.compile()
-    objective = Boot(config.boot, view, config.student.t_min, t_max)
-    return Distillation(view, pool, student, objective, t_max, config)
+        if critic is not None and critic.net is not teacher.net:
+            critic.net.compile()
+    objective = make_objective(config, view, pool, t_max)
+    return Distillation(
+        student=student, objective=objective, conditions=pool, corrector=corrector, critic=critic, refiner=refiner,
+        view=view, t_max=t_max, config=config,
+    )  # fmt: skip
+
+
+def make_objective(config: DistillConfig, view: TeacherView, pool: Cond, t_max: float) -> Objective[Any]:
+    """The prediction objective that the configuration names."""
+    t_min = config.student.t_min
+    match config.objective:
+        case "boot":
+            return Boot(config.boot, view, t_min, t_max)
+        case "freeflow":
+            return FreeFlow(config.freeflow, view, t_min, t_max)
+        case "kd":
+            return KD(config.kd, view, t_min, t_max, pool)
+        case _:
+            assert_never(config.objective)
 
 
 def start_time(teacher: Teacher, config: DistillConfig) -> float:
@@ -160,8 +186,7 @@ def start_x0_head(
     """Start near the teacher's mean x_0 at the start of the path, per channel, measured on 64 noises."""
     eps = prior_noise(range(config.seed, config.seed + 64), view.teacher.spec.sample_shape).to(engine.device)
     t = torch.full((64,), t_max, dtype=torch.float64)
-    size = next((len(tensor) for tensor in pool.tensors.values()), 1)
-    cond = pool.rows(torch.arange(64) % size).to(engine.device)
+    cond = pool.rows(torch.arange(64) % len(pool)).to(engine.device)
     mean = view.x0(like(view.schedule(t).sigma, eps) * eps, t, cond).mean((0, 2, 3))
     student.start_at(mean, config.student.start_t, eps, cond)
 

@@ -26,6 +26,10 @@ class Cond:
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def __len__(self) -> int:
+        """The number of conditions; an unconditional teacher has one, which is empty."""
+        return next((len(tensor) for tensor in self.tensors.values()), 1)
+
     def rows(self, index: Tensor) -> Cond:
         """The conditions at ``index``, shape (b,)."""
         return Cond({name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bootcli.maths.broadcast import like
 from bootcli.maths.guidance import guide
 from bootcli.maths.prediction import to_x0
 from bootcli.maths.schedule import Schedule
@@ -18,14 +19,26 @@ class TeacherView:
         teacher: on its device, frozen.
         guidance_scale: w; 1 is no guidance.
         negative: the condition of the unconditional branch, one row; needed where w is not 1.
+        interval: levels ``sigma / (alpha + sigma)`` at which it is guided (Kynkäänniemi et al. 2024, arXiv 2404.07724).
     """
 
-    def __init__(self, teacher: Teacher, guidance_scale: float = 1.0, negative: Cond | None = None) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        guidance_scale: float = 1.0,
+        negative: Cond | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
         if guidance_scale != 1.0 and negative is None:
             raise ValueError("guidance needs the condition of the unconditional branch")
         self.teacher = teacher
         self.guidance_scale = guidance_scale
         self.negative = negative
+        self.interval = interval
+
+    def within(self, interval: tuple[float, float]) -> TeacherView:
+        """The same teacher, guided at the noise levels of ``interval`` only."""
+        return TeacherView(self.teacher, self.guidance_scale, self.negative, interval)
 
     @property
     def schedule(self) -> Schedule:
@@ -42,5 +55,13 @@ class TeacherView:
             negative = self.negative.rows(torch.zeros(len(x_t), dtype=torch.long))
             both = teacher.predict(teacher.net, torch.cat([x_t, x_t]), torch.cat([t, t]), cond.then(negative))
             conditional, unconditional = both.chunk(2)
-            prediction = guide(conditional, unconditional, self.guidance_scale)
+            guided = guide(conditional, unconditional, self.guidance_scale)
+            prediction = torch.where(like(self._inside(t), guided) > 0, guided, conditional)
         return spec.threshold(to_x0(spec.prediction, prediction, x_t.float(), spec.schedule(t)))
+
+    def _inside(self, t: Tensor) -> Tensor:
+        """1 where t lies in the guidance interval, else 0; (b,), float64."""
+        alpha, sigma = self.schedule(t)
+        level = sigma / (alpha + sigma)
+        low, high = self.interval
+        return ((level >= low) & (level <= high)).double()

@@ -1,0 +1,84 @@
+"""Few-step refinement: the student also learns to go on from its own sample, noised again.
+
+With it one student samples in 1, 2 or more calls: draw, noise to a lower level, draw again from there (the multistep
+sampling of consistency models, Song et al. 2023, arXiv 2303.01469, algorithm 1). Data-free: the samples that are noised
+are the student's own, as in DMD2 (Yin et al. 2024, arXiv 2405.14867, section 4.5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bootcli.config import RefinerConfig
+from bootcli.maths.prediction import from_x0
+from bootcli.maths.signal_ode import from_signal, solve
+from bootcli.objectives.base import conditions
+from bootcli.student import Student
+from bootcli.teachers.protocol import Cond
+from bootcli.teachers.view import TeacherView
+
+
+@dataclass(frozen=True)
+class RefinerDraw:
+    """One batch; the noise is on the CPU until `Refiner.take`.
+
+    Args:
+        eps: prior noise, (b, c, h, w).
+        rows: conditions, (b,), int64.
+        start: times that the samples are noised to, (b,), float64.
+        noise: what they are noised with, (b, c, h, w).
+    """
+
+    eps: Tensor
+    rows: Tensor
+    start: Tensor
+    noise: Tensor
+
+
+class Refiner:
+    """Regression on the teacher's paths from the student's noised samples.
+
+    Args:
+        config: times, teacher steps.
+        teacher: the denoiser f.
+        t_min: target time of a sample.
+        t_max: the noisiest time.
+    """
+
+    def __init__(self, config: RefinerConfig, teacher: TeacherView, t_min: float, t_max: float) -> None:
+        self.config = config
+        self.teacher = teacher
+        self.t_min = t_min
+        self.times = torch.tensor([t_min + share * (t_max - t_min) for share in config.times], dtype=torch.float64)
+
+    def draw(self, generator: torch.Generator, batch_size: int, pool: int) -> RefinerDraw:
+        """Start times from the configured ones, in turn."""
+        shape = self.teacher.teacher.spec.sample_shape
+        eps, noise = (torch.randn(batch_size, *shape, generator=generator) for _ in range(2))
+        first = torch.randint(len(self.times), (1,), generator=generator)
+        start = self.times[(first + torch.arange(batch_size)) % len(self.times)]
+        return RefinerDraw(eps, conditions(generator, batch_size, pool), start, noise)
+
+    def take(self, draw: RefinerDraw, rows: slice, device: torch.device) -> RefinerDraw:
+        """The rows of a draw, with the noise on a device."""
+        return RefinerDraw(draw.eps[rows].to(device), draw.rows[rows], draw.start[rows], draw.noise[rows].to(device))
+
+    def loss(self, student: Student, draw: RefinerDraw, cond: Cond) -> Tensor:
+        """Mean squared error of the student, started from its own noised sample, to the end of the teacher's path."""
+        t_min = torch.full_like(draw.start, self.t_min)
+
+        def denoiser(x: Tensor, at: Tensor) -> Tensor:
+            return self.teacher.x0(x, at, cond)
+
+        schedule, config = self.teacher.schedule, self.config
+        with torch.no_grad():
+            x = from_signal(student(draw.eps, t_min, cond), draw.noise, schedule(draw.start))
+            # The path's own noise is the one that f implies; the signal at its start is then f itself.
+            f = denoiser(x, draw.start)
+            eps = from_x0("eps", f, x, schedule(draw.start))
+            end = solve(denoiser, schedule, f, eps, draw.start, t_min, config.solver, config.teacher_steps)
+        y: Tensor = student(x, t_min, cond, draw.start)
+        return (y - end).square().mean()
