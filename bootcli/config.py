@@ -102,6 +102,8 @@ class FreeFlowConfig:
     """Distance to the noisier neighbour, as a fraction of the time range."""
     derivative: Literal["difference", "jvp"] = "difference"
     """How dy / dlambda is found; jvp is exact, and needs a network with forward-mode derivatives."""
+    weight: Literal["velocity", "uniform"] = "velocity"
+    """Whose squared error is minimised: the average velocity's, 1 / tau^2 times that of y; or that of y."""
     power: Power = 1.0
     """As in boot."""
     beta: Annotated[float, Ge(0)] = 1.0

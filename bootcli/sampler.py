@@ -27,23 +27,48 @@ CondOf = Callable[[Sequence[int]], Cond]
 
 def prior_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     """Standard normal noise (b, c, h, w), row i from the generator of ``seeds[i]`` alone; float32 on the CPU."""
+    return noises(seeds, 1, shape)[0]
+
+
+def noises(seeds: Sequence[int], count: int, shape: tuple[int, int, int]) -> Tensor:
+    """As `prior_noise`, one after the other from the same generators: (count, b, c, h, w)."""
     generator = torch.Generator()
-    noise = torch.empty(len(seeds), *shape)
-    for row, seed in zip(noise, seeds, strict=True):
-        row.normal_(generator=generator.manual_seed(seed))
+    noise = torch.empty(count, len(seeds), *shape)
+    for i, seed in enumerate(seeds):
+        generator.manual_seed(seed)
+        for row in noise[:, i]:
+            row.normal_(generator=generator)
     return noise
 
 
 @torch.no_grad()
 def student_images(
-    student: Student, cond_of: CondOf, seeds: Sequence[int], batch_size: int, engine: Engine
+    student: Student,
+    cond_of: CondOf,
+    seeds: Sequence[int],
+    batch_size: int,
+    engine: Engine,
+    starts: Sequence[float] = (),
 ) -> Iterator[Tensor]:
-    """One-step samples as uint8 batches (b, c, H, W) on the CPU."""
+    """Samples in ``1 + len(starts)`` steps as uint8 batches (b, c, H, W) on the CPU.
+
+    Args:
+        student: on the engine's device.
+        cond_of: conditions by seed.
+        seeds: one for each image.
+        batch_size: images at a time.
+        engine: where and in what precision.
+        starts: falling times that the sample is noised to, and drawn again from (`bootcli.objectives.refiner`).
+    """
     for batch in _batches(seeds, batch_size):
         rows = _pair(batch)
-        eps = prior_noise(rows, student.teacher.spec.sample_shape).to(engine.device)
+        first, *later = noises(rows, 1 + len(starts), student.teacher.spec.sample_shape).to(engine.device)
+        cond = cond_of(rows).to(engine.device)
         with engine.autocast():
-            z = student.sample(eps, cond_of(rows).to(engine.device))
+            z = student.sample(first, cond)
+            for start, noise in zip(starts, later, strict=True):
+                t = torch.full((len(z),), start, dtype=torch.float64)
+                z = student.sample(from_signal(z, noise, student.teacher.spec.schedule(t)), cond, t)
         yield to_uint8(student.teacher.decode(z))[: len(batch)].cpu()
 
 

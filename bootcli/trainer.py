@@ -20,8 +20,7 @@ from bootcli.ema import EMA
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.objectives.base import Objective, Terms
-from bootcli.objectives.corrector import Corrector, CorrectorDraw
-from bootcli.objectives.kd import KD
+from bootcli.objectives.corrector import Balance, Corrector, CorrectorDraw
 from bootcli.objectives.refiner import Refiner, RefinerDraw
 from bootcli.optimizer import learning_rate, make_optimizer
 from bootcli.student import Student
@@ -126,32 +125,6 @@ class Draws:
     refinement: RefinerDraw | None
 
 
-@dataclass(frozen=True)
-class Balance:
-    """Running means of how strongly prediction and correction pull (FreeFlow's kappa).
-
-    They come from earlier updates, so that an update does not depend on how its batch is split.
-    """
-
-    prediction: float = 0.0
-    correction: float = 0.0
-    updates: int = 0
-
-    @property
-    def ratio(self) -> float:
-        """What makes the correction pull as the prediction does."""
-        return self.prediction / (self.correction + 1e-12) if self.updates else 0.0
-
-    def updated(self, prediction: float, correction: float) -> Balance:
-        """After another update; the newest 20 or so count."""
-        keep = min(0.95, self.updates / (self.updates + 1))
-        return Balance(
-            keep * self.prediction + (1 - keep) * prediction,
-            keep * self.correction + (1 - keep) * correction,
-            self.updates + 1,
-        )
-
-
 class Trainer:
     """The state of a training run and the loop that advances it.
 
@@ -225,8 +198,7 @@ class Trainer:
         """Gradients of this process's share of the batch, in micro-batches."""
         config, engine, work = self.config, self.engine, self.work
         generator = stream(config.seed, step)
-        if isinstance(work.objective, KD):
-            work.objective.renew(generator, config.batch_size, step, engine)
+        work.objective.renew(generator, config.batch_size, step, engine)
         micro = config.optimizer.accumulation
         sizes = self.parts if self._critic_learns(step) else self.parts.without_correction()
         draws = self._draw(generator, sizes, micro * engine.num_processes, (step - 1) / config.steps)
@@ -294,8 +266,7 @@ class Trainer:
         if self.work.critic is not None and self.critic_optimizer is not None:
             tensors |= {f"critic.{name}": p for name, p in self.work.critic.trained().items()}
             tensors |= _optimizer_tensors("critic_optimizer", self.critic_optimizer)
-        if isinstance(self.work.objective, KD):
-            tensors |= {f"buffer.{name}": tensor for name, tensor in self.work.objective.state().items()}
+        tensors |= {f"objective.{name}": tensor for name, tensor in self.work.objective.state().items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.engine.device)
@@ -316,8 +287,7 @@ class Trainer:
         if self.work.critic is not None and self.critic_optimizer is not None:
             self.work.critic.load_trained(_below(tensors, "critic."))
             _load_optimizer(self.critic_optimizer, _below(tensors, "critic_optimizer."))
-        if isinstance(self.work.objective, KD):
-            self.work.objective.load_state(_below(tensors, "buffer."))
+        self.work.objective.load_state(_below(tensors, "objective."))
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.engine.device)

@@ -104,7 +104,7 @@ def sampling(work: Distillation, engine: Engine, batch_size: int, batches: int, 
 
 def training(work: Distillation, engine: Engine, repeats: int) -> dict[str, float]:
     student = work.student.train()
-    trainer = Trainer(student, work.objective, work.conditions, work.config, engine)
+    trainer = Trainer(work, work.config, engine)
     reports = trainer.run()
     with watching(student.net, work.view.teacher.net) as calls:
         next(reports)

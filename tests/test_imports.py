@@ -19,7 +19,7 @@ LAYERS = [
     {"bootcli.maths"},
     {"bootcli.teachers"},
     {"bootcli.closed_form", "bootcli.testing", "bootcli.testing_network", "bootcli.plugin"},
-    {"bootcli.student", "bootcli.ema", "bootcli.engine", "bootcli.muon", "bootcli.optimizer"},
+    {"bootcli.student", "bootcli.critic", "bootcli.ema", "bootcli.engine", "bootcli.muon", "bootcli.optimizer"},
     {"bootcli.objectives"},
     {"bootcli.trainer"},
     {"bootcli.store"},
@@ -32,6 +32,7 @@ LAYERS = [
 ONLY_IN = {
     "rich": {"bootcli.ui"},
     "accelerate": {"bootcli.engine"},
+    "peft": {"bootcli.critic"},
     "PIL": {"bootcli.images"},
     "cleanfid": {"bootcli.evaluate"},
     "diffusers": set(),

@@ -36,7 +36,7 @@ def config_of(**settings: object) -> DistillConfig:
 def build(teacher: Teacher, config: DistillConfig) -> tuple[Distillation, Trainer]:
     engine = Engine("cpu", config.mixed_precision)
     work = set_up(teacher, config, engine)
-    return work, Trainer(work.student, work.objective, work.conditions, work.config, engine)
+    return work, Trainer(work, work.config, engine)
 
 
 def run(teacher: Teacher, config: DistillConfig) -> tuple[Trainer, list[StepReport]]:
@@ -72,7 +72,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny_teacher: Teache
     settings: dict[str, object] = {"steps": 2, "optimizer.name": "adamw"}
     whole, _ = run(tiny_teacher, config_of(**settings))
     split, _ = run(tiny_teacher, config_of(**settings, **{"optimizer.accumulation": 2}))
-    for a, b in zip(whole.student.parameters(), split.student.parameters(), strict=True):
+    for a, b in zip(whole.work.student.parameters(), split.work.student.parameters(), strict=True):
         # Adam's first updates are sign-like, so that a gradient near 0 may round to the other side.
         assert (a - b).detach().abs().median() < 1e-6
 
@@ -122,7 +122,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tiny_teacher:
             terms = work.objective.loss(*args)  # type: ignore[arg-type]
             return dataclasses.replace(terms, loss=terms.loss * math.nan)
 
-    trainer.objective = Broken()  # type: ignore[assignment]
+    trainer.work = dataclasses.replace(trainer.work, objective=Broken())  # type: ignore[arg-type]
     with pytest.raises(BootError, match="loss is nan at step 2"):
         next(reports)
     assert trainer.step == 1

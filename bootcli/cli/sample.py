@@ -28,6 +28,9 @@ PromptOption = Annotated[str | None, typer.Option(metavar="TEXT", help="Prompt o
 OutputOption = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where the images go.", show_default="RUN/samples")
 ]
+NfeOption = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Network calls for each image; above 1 for a student trained to refine.")
+]
 TeacherStepsOption = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Draw with the teacher in N steps instead, to compare.")
 ]
@@ -41,12 +44,13 @@ def sample(
     seed: SeedOption = 0,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
+    nfe: NfeOption = 1,
     teacher_steps: TeacherStepsOption = None,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Draw images in one step: a PNG for each, and a grid of all."""
+    """Draw images in one step, or a few: a PNG for each, and a grid of all."""
     run = find_run(run)
     from bootcli.store.files import check_free
 
@@ -63,6 +67,7 @@ def sample(
             output=output,
             class_label=class_,
             prompt=prompt,
+            nfe=nfe,
             teacher_steps=teacher_steps,
             batch_size=batch_size,
             device=device,

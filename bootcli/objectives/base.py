@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -9,6 +10,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from bootcli.engine import Engine
 from bootcli.maths.broadcast import like
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond
@@ -52,13 +54,14 @@ class Terms:
     correction_pull: Tensor | None = None
 
 
-class Objective(Protocol, Generic[D]):
-    """A training objective.
+class Objective(ABC, Generic[D]):
+    """A training objective: what makes the student predict the teacher's paths.
 
     ``draw`` makes all the randomness of one update, for the whole global batch, on the CPU; ``take`` gives a
     process and a micro-batch its rows, so the update does not depend on how the batch is split.
     """
 
+    @abstractmethod
     def draw(self, generator: torch.Generator, batch_size: int, pool: int, progress: float) -> D:
         """Noise, conditions, times and whatever else one update needs.
 
@@ -69,11 +72,23 @@ class Objective(Protocol, Generic[D]):
             progress: share of the training that is done, in [0, 1].
         """
 
+    @abstractmethod
     def take(self, draw: D, rows: slice, device: torch.device) -> D:
-        """The rows of a draw, with the noise on a device."""
+        """The rows of a draw, with its samples on a device."""
 
+    @abstractmethod
     def loss(self, student: Student, draw: D, cond: Cond) -> Terms:
         """The loss of those samples; pure: the same arguments give the same value."""
+
+    def renew(self, generator: torch.Generator, batch_size: int, step: int, engine: Engine) -> None:
+        """Make what several updates share, before ``draw`` of update ``step`` (from 1); most share nothing."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs of that."""
+        return {}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `state` gave. Raises `KeyError` where it does not fit."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,7 @@ def path_start(teacher: TeacherView, eps: Tensor, cond: Cond, t_max: float) -> T
 
 
 def at_boundary(
-    student: Student, teacher: TeacherView, draw: PathDraw, cond: Cond, times: Tensor, t_max: float
+    student: Student, teacher: TeacherView, draw: PathDraw, cond: Cond, times: Tensor, t_max: float, power: float
 ) -> tuple[Tensor, Tensor]:
     """The student at ``times`` and at the start of the path, in one call.
 
@@ -123,6 +138,7 @@ def at_boundary(
         cond: their conditions.
         times: (b,).
         t_max: where the path starts; x there is ``sigma * eps``.
+        power: of the `adaptive` weight of each error.
 
     Returns:
         y at ``times``, (b, ...), and the boundary error ``||y(eps, t_max) - f||^2``: a scalar that averages, by the
@@ -136,7 +152,8 @@ def at_boundary(
         f_start = path_start(teacher, start, cond.rows(anchors), t_max)
     y = student(torch.cat([draw.eps, start]), torch.cat([times, t_start]), cond.then(cond.rows(anchors)))
     y_times, y_start = y.split([len(draw.eps), len(anchors)])
-    error = (y_start - f_start).square().flatten(1).mean(1)
+    square = (y_start - f_start).square().flatten(1).mean(1)
+    error = adaptive(square, power) * square
     return y_times, (like(draw.anchor[anchors], error) * error).sum() / len(draw.eps)
 
 

@@ -20,6 +20,7 @@ from bootcli.config import BootConfig
 from bootcli.maths.broadcast import like
 from bootcli.maths.signal_ode import solve, step_ratio
 from bootcli.objectives.base import (
+    Objective,
     PathDraw,
     Terms,
     adaptive,
@@ -34,7 +35,7 @@ from bootcli.teachers.protocol import Cond
 from bootcli.teachers.view import TeacherView
 
 
-class Boot:
+class Boot(Objective[PathDraw]):
     """The BOOT objective.
 
     Args:
@@ -85,7 +86,7 @@ class Boot:
                 lambda x, at: self.teacher.x0(x, at, cond), schedule, student(eps, t, cond), eps, t, s,
                 self.config.solver, self.config.teacher_steps,
             )  # fmt: skip
-        y_s, start_error = at_boundary(student, self.teacher, draw, cond, s, self.t_max)
+        y_s, start_error = at_boundary(student, self.teacher, draw, cond, s, self.t_max, self.config.power)
 
         one_minus_r = 1 - step_ratio(schedule(t), schedule(s))
         square = (y_s - target).square().flatten(1).mean(1)

@@ -66,6 +66,32 @@ class Correction:
     pull: Tensor
 
 
+@dataclass(frozen=True)
+class Balance:
+    """Running means of how strongly prediction and correction pull (FreeFlow's kappa).
+
+    They come from earlier updates, so that an update does not depend on how its batch is split.
+    """
+
+    prediction: float = 0.0
+    correction: float = 0.0
+    updates: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """What makes the correction pull as the prediction does."""
+        return self.prediction / (self.correction + 1e-12) if self.updates else 0.0
+
+    def updated(self, prediction: float, correction: float) -> Balance:
+        """After another update; the newest 20 or so count."""
+        keep = min(0.95, self.updates / (self.updates + 1))
+        return Balance(
+            keep * self.prediction + (1 - keep) * prediction,
+            keep * self.correction + (1 - keep) * correction,
+            self.updates + 1,
+        )
+
+
 class Corrector:
     """The correction objective.
 

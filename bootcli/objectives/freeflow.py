@@ -24,6 +24,7 @@ from bootcli.maths.broadcast import like
 from bootcli.maths.schedule import Schedule
 from bootcli.maths.signal_ode import from_signal, step_ratio
 from bootcli.objectives.base import (
+    Objective,
     PathDraw,
     Terms,
     adaptive,
@@ -41,7 +42,7 @@ FIRST = 1e-3
 """Smallest time, as a share of the range: at sigma = 0 the teacher says nothing, and V is 0 / 0."""
 
 
-class FreeFlow:
+class FreeFlow(Objective[PathDraw]):
     """FreeFlow's prediction objective.
 
     Args:
@@ -82,20 +83,29 @@ class FreeFlow:
         eps, s, schedule = draw.eps, draw.s, self.teacher.schedule
         with torch.no_grad():
             drift = self._drift(student, draw, cond)
-        y, start_error = at_boundary(student, self.teacher, draw, cond, s, self.t_max)
+        y, start_error = at_boundary(student, self.teacher, draw, cond, s, self.t_max, self.config.power)
         known = y.detach()
         f = self.teacher.x0(from_signal(known, eps, schedule(s)), s, cond)
         target = f + drift  # y + R
 
-        tau = like(tau_of(schedule, s), eps[:, 0, 0, 0])
         square = (y - target).square().flatten(1).mean(1)
-        velocity = square / tau**2
-        weight = adaptive(velocity, self.config.power) / tau**2
+        clock = like(self._clock(s), square)
+        weight = clock * adaptive(clock * square, self.config.power)
         prediction = (weight * square).mean()
         boundary = self.config.beta * start_error
         parts = {"prediction": prediction.detach(), "boundary": boundary.detach()}
         pull = 2 * weight * square.detach().sqrt()
         return Terms(prediction + boundary, parts, square.detach(), s, pull)
+
+    def _clock(self, s: Tensor) -> Tensor:
+        """(V / R)^2, or 1 where errors of y itself count, (b,), float64."""
+        match self.config.weight:
+            case "velocity":
+                return tau_of(self.teacher.schedule, s) ** -2
+            case "uniform":
+                return torch.ones_like(s)
+            case _:
+                assert_never(self.config.weight)
 
     def _drift(self, student: Student, draw: PathDraw, cond: Cond) -> Tensor:
         """dy / dlambda at s, shape (b, c, h, w)."""

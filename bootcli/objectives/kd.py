@@ -15,7 +15,7 @@ from torch import Tensor
 from bootcli.config import KDConfig
 from bootcli.engine import Engine
 from bootcli.maths.signal_ode import solve
-from bootcli.objectives.base import Terms, adaptive, conditions, path_start
+from bootcli.objectives.base import Objective, Terms, adaptive, conditions, path_start
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond
 from bootcli.teachers.view import TeacherView
@@ -39,7 +39,7 @@ class KDDraw:
     ends: Tensor
 
 
-class KD:
+class KD(Objective[KDDraw]):
     """Regression on the teacher's samples.
 
     Args:

@@ -17,7 +17,7 @@ from bootcli.config import Device
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.images import enlarge, grid, save_png
-from bootcli.pipelines.setup import condition_of, teacher_view
+from bootcli.pipelines.setup import condition_of, refinement_starts, teacher_view
 from bootcli.sampler import student_images, teacher_images
 from bootcli.store.artifact import Artifact, load_student
 from bootcli.store.files import check_free
@@ -61,6 +61,7 @@ def sample(
     output: Path | None = None,
     class_label: int | None = None,
     prompt: str | None = None,
+    nfe: int = 1,
     teacher_steps: int | None = None,
     batch_size: int = 64,
     device: Device = "auto",
@@ -82,6 +83,7 @@ def sample(
         output: the folder; None is ``RUN/samples/``, for a student file outside a run ``samples/`` beside it.
         class_label: class of every image; None takes the classes of the run in turn, by the seed.
         prompt: prompt of every image; None takes those of the run in turn.
+        nfe: calls of the student for each image; more than one needs a student that was trained to refine.
         teacher_steps: draw the teacher with that many steps of the reference sampler instead.
         batch_size: images at a time.
         device: where to compute.
@@ -90,14 +92,16 @@ def sample(
 
     Raises `UsageError` for a request that the teacher cannot honour or a folder in use, `BootError` for broken files.
     """
-    if num_images < 1 or batch_size < 1 or (teacher_steps is not None and teacher_steps < 1):
-        raise UsageError("Number of images, batch size and teacher steps must be at least 1.")
+    if min(num_images, batch_size, nfe, 1 if teacher_steps is None else teacher_steps) < 1:
+        raise UsageError("Number of images, batch size, NFE and teacher steps must be at least 1.")
+    if teacher_steps is not None and nfe > 1:
+        raise UsageError("--nfe is of the student and --teacher-steps of the teacher.", "Give one of them.")
     if output is not None:
         check_free(output, overwrite=overwrite)
     artifact = load_student(run)
     seeds = range(seed, seed + num_images)
-    drawing = _draw(artifact, seeds, class_label, prompt, teacher_steps, batch_size, Engine(device, "no"))
-    folder = output or RunDir(artifact.home).samples.joinpath(*_settings(class_label, prompt, teacher_steps))
+    drawing = _draw(artifact, seeds, class_label, prompt, nfe, teacher_steps, batch_size, Engine(device, "no"))
+    folder = output or RunDir(artifact.home).samples.joinpath(*_settings(class_label, prompt, nfe, teacher_steps))
     return _write(drawing, folder, seeds, progress)
 
 
@@ -115,6 +119,7 @@ def _draw(
     seeds: range,
     class_label: int | None,
     prompt: str | None,
+    nfe: int,
     teacher_steps: int | None,
     batch_size: int,
     engine: Engine,
@@ -123,7 +128,8 @@ def _draw(
     if teacher_steps is None:
         student = artifact.student.to(engine.device)
         cond_of = condition_of(student.teacher, config, class_label, prompt)
-        return _Drawing(student_images(student, cond_of, seeds, batch_size, engine), 1, "student")
+        starts = refinement_starts(student.teacher, config, nfe)
+        return _Drawing(student_images(student, cond_of, seeds, batch_size, engine, starts), nfe, "student")
     teacher = load(config.teacher).teacher
     cond_of = condition_of(teacher, config, class_label, prompt)
     view = teacher_view(teacher, config, engine)
@@ -171,8 +177,10 @@ def _room(image: Tensor) -> int:
     return max(1, GRID_SIDE // height) * max(1, GRID_SIDE // width)
 
 
-def _settings(class_label: int | None, prompt: str | None, teacher_steps: int | None) -> Iterator[str]:
+def _settings(class_label: int | None, prompt: str | None, nfe: int, teacher_steps: int | None) -> Iterator[str]:
     """The folders below ``samples/`` that keep different requests apart."""
+    if nfe > 1:
+        yield f"nfe-{nfe}"
     if teacher_steps is not None:
         yield f"teacher-{teacher_steps}-steps"
     if class_label is not None:

@@ -167,6 +167,24 @@ def make_objective(config: DistillConfig, view: TeacherView, pool: Cond, t_max: 
             assert_never(config.objective)
 
 
+def refinement_starts(teacher: Teacher, config: DistillConfig, nfe: int) -> tuple[float, ...]:
+    """The times that a student trained for few steps goes on from, to sample in ``nfe`` calls: nfe - 1 of its times.
+
+    Raises `UsageError` for more calls than it was trained for.
+    """
+    times = config.refiner.times if config.refiner.share else ()
+    if nfe > 1 + len(times):
+        trained = f"at most {1 + len(times)}" if times else "one step only"
+        raise UsageError(
+            f"--nfe {nfe}: this student was trained for {trained}.",
+            "" if times else "Distil one for more with: --set refiner.share=0.15",
+        )
+    t_max, t_min = start_time(teacher, config), config.student.t_min
+    # Spread over all trained times; a single one is the middle.
+    chosen = (times[(2 * i + 1) * len(times) // (2 * (nfe - 1))] for i in range(nfe - 1))
+    return tuple(t_min + share * (t_max - t_min) for share in chosen)
+
+
 def start_time(teacher: Teacher, config: DistillConfig) -> float:
     """t_max: the largest t at which the teacher's x_0 is not amplified beyond ``student.max_gain``.
 
