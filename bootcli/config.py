@@ -120,12 +120,24 @@ class KDConfig:
     """Teacher steps in a path."""
     solver: Solver = "midpoint"
     """Teacher step."""
+    points: Positive = 1
+    """Points of a path that are learned, the end among them: 1 is the end alone."""
     buffer: Positive = 16_384
     """Paths that are kept."""
     reuse: Positive = 8
     """How often a path is drawn on average before a newer one takes its place."""
     power: Power = 0.0
     """As in boot."""
+
+
+@dataclass(frozen=True)
+class ReplayConfig(KDConfig):
+    """A replay buffer of teacher paths beside an objective that bootstraps (`bootcli.objectives.kd`)."""
+
+    share: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    """Part of the batch that learns from stored paths; 0: none are made."""
+    points: Positive = 4
+    """As in kd."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +214,7 @@ class DistillConfig:
     boot: BootConfig = field(default_factory=BootConfig)
     freeflow: FreeFlowConfig = field(default_factory=FreeFlowConfig)
     kd: KDConfig = field(default_factory=KDConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     refiner: RefinerConfig = field(default_factory=RefinerConfig)
 

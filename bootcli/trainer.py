@@ -21,6 +21,7 @@ from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.objectives.base import Objective, Terms
 from bootcli.objectives.corrector import Balance, Corrector, CorrectorDraw
+from bootcli.objectives.kd import KD, KDDraw
 from bootcli.objectives.refiner import Refiner, RefinerDraw
 from bootcli.optimizer import learning_rate, make_optimizer
 from bootcli.student import Student
@@ -75,6 +76,7 @@ class Work:
         conditions: the pool that every sample draws its condition from, or none for an unconditional teacher.
         corrector, critic: what corrects its samples, where the run has that.
         refiner: what teaches it to go on from its own samples, where the run has that.
+        replay: what grounds it on stored teacher paths, where the run has that.
     """
 
     student: Student
@@ -83,6 +85,7 @@ class Work:
     corrector: Corrector | None = None
     critic: Critic | None = None
     refiner: Refiner | None = None
+    replay: KD | None = None
 
 
 @dataclass(frozen=True)
@@ -92,28 +95,31 @@ class Parts:
     prediction: int
     correction: int
     refinement: int
+    replay: int
 
     @property
     def whole(self) -> int:
         """Samples in the micro-batch."""
-        return self.prediction + self.correction + self.refinement
+        return self.prediction + self.correction + self.refinement + self.replay
 
     @classmethod
     def of(cls, config: DistillConfig, size: int) -> Parts:
         """The configured shares of ``size`` samples, at least one where there is any. Raises `UsageError`."""
         correction = max(1, round(config.correction.share * size)) if config.corrector else 0
         refinement = max(1, round(config.refiner.share * size)) if config.refiner.share else 0
-        if correction + refinement >= size:
+        replay = max(1, round(config.replay.share * size)) if config.replay.share else 0
+        prediction = size - correction - refinement - replay
+        if prediction < 1:
             raise UsageError(
-                f"{size} samples in a micro-batch leave none to predict beside {correction} that correct and "
-                f"{refinement} that refine.",
+                f"{size} samples in a micro-batch leave none to predict beside {correction} that correct, {refinement} "
+                f"that refine and {replay} that are replayed.",
                 "Take a larger --batch-size, or smaller shares.",
             )
-        return cls(size - correction - refinement, correction, refinement)
+        return cls(prediction, correction, refinement, replay)
 
     def without_correction(self) -> Parts:
         """The same batch before there is a critic."""
-        return Parts(self.prediction + self.correction, 0, self.refinement)
+        return Parts(self.prediction + self.correction, 0, self.refinement, self.replay)
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,7 @@ class Draws:
     prediction: Any
     correction: CorrectorDraw | None
     refinement: RefinerDraw | None
+    replay: KDDraw | None
 
 
 class Trainer:
@@ -198,7 +205,8 @@ class Trainer:
         """Gradients of this process's share of the batch, in micro-batches."""
         config, engine, work = self.config, self.engine, self.work
         generator = stream(config.seed, step)
-        work.objective.renew(generator, config.batch_size, step, engine)
+        for shared in filter(None, (work.objective, work.replay)):
+            shared.renew(generator, config.batch_size, step, engine)
         micro = config.optimizer.accumulation
         sizes = self.parts if self._critic_learns(step) else self.parts.without_correction()
         draws = self._draw(generator, sizes, micro * engine.num_processes, (step - 1) / config.steps)
@@ -221,12 +229,14 @@ class Trainer:
         """The randomness of the whole global batch."""
         work, pool = self.work, len(self.work.conditions)
         prediction = work.objective.draw(generator, sizes.prediction * shares, pool, progress)
-        correction = refinement = None
+        correction = refinement = replay = None
         if work.corrector is not None and sizes.correction:
             correction = work.corrector.draw(generator, sizes.correction * shares, pool)
         if work.refiner is not None and sizes.refinement:
             refinement = work.refiner.draw(generator, sizes.refinement * shares, pool)
-        return Draws(prediction, correction, refinement)
+        if work.replay is not None:
+            replay = work.replay.draw(generator, sizes.replay * shares, pool, progress)
+        return Draws(prediction, correction, refinement, replay)
 
     def _micro_batch(self, draws: Draws, sizes: Parts, index: int, *, listens: bool) -> Terms:
         """The terms of one micro-batch; the loss is the mean over its samples, and the critic's beside it."""
@@ -256,6 +266,11 @@ class Trainer:
             refinement = work.refiner.loss(student, refined, cond_of(refined))
             loss = loss + refinement * sizes.refinement / sizes.whole
             parts["refinement"] = refinement.detach()
+        if draws.replay is not None and work.replay is not None:
+            stored = work.replay.take(draws.replay, rows(sizes.replay), device)
+            replayed = work.replay.loss(student, stored, cond_of(stored)).loss
+            loss = loss + replayed * sizes.replay / sizes.whole
+            parts["replay"] = replayed.detach()
         return dataclasses.replace(terms, loss=loss, parts=parts)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -267,6 +282,8 @@ class Trainer:
             tensors |= {f"critic.{name}": p for name, p in self.work.critic.trained().items()}
             tensors |= _optimizer_tensors("critic_optimizer", self.critic_optimizer)
         tensors |= {f"objective.{name}": tensor for name, tensor in self.work.objective.state().items()}
+        if self.work.replay is not None:
+            tensors |= {f"replay.{name}": tensor for name, tensor in self.work.replay.state().items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.engine.device)
@@ -288,6 +305,8 @@ class Trainer:
             self.work.critic.load_trained(_below(tensors, "critic."))
             _load_optimizer(self.critic_optimizer, _below(tensors, "critic_optimizer."))
         self.work.objective.load_state(_below(tensors, "objective."))
+        if self.work.replay is not None:
+            self.work.replay.load_state(_below(tensors, "replay."))
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.engine.device)

@@ -57,6 +57,15 @@ ObjectiveOption = Annotated[
     Literal["boot", "freeflow", "kd"] | None,
     typer.Option(help="What to train on.", show_default="boot", rich_help_panel=TRAINING),
 ]
+CorrectorOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--corrector/--no-corrector",
+        help="Also move samples to where the teacher finds them likely.",
+        show_default=recipe("with freeflow only"),
+        rich_help_panel=TRAINING,
+    ),
+]
 StepsOption = Annotated[
     int | None,
     typer.Option(metavar="N", help="Updates.", show_default=recipe(20_000), rich_help_panel=TRAINING),
@@ -156,6 +165,7 @@ def distill(
     guidance_scale: GuidanceOption = None,
     negative_prompt: NegativePromptOption = None,
     objective: ObjectiveOption = None,
+    corrector: CorrectorOption = None,
     steps: StepsOption = None,
     batch_size: BatchSizeOption = None,
     learning_rate: LearningRateOption = None,

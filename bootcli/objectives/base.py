@@ -38,7 +38,7 @@ class Terms:
 
     Args:
         loss: scalar, with gradient.
-        parts: named detached scalars that add up to the loss.
+        parts: named detached scalars worth watching: the terms of the loss, unweighted beside the first two.
         residual: mean square of the residual per sample, shape (b,), detached; 0 on the teacher's own paths.
         t: the time of each residual, shape (b,).
         pull: root mean square of the gradient of each sample's loss at the student's output (times its number of

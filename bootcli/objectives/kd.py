@@ -6,6 +6,7 @@ each is drawn ``reuse`` times on average before a newer one takes its place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,12 +32,14 @@ class KDDraw:
     Args:
         eps: noise (b, c, h, w), float32.
         rows: conditions, (b,), int64.
-        ends: where the teacher's paths from ``eps`` end, (b, c, h, w).
+        t: times of the points, (b,), float64.
+        points: where the teacher's paths from ``eps`` are at t, (b, c, h, w).
     """
 
     eps: Tensor
     rows: Tensor
-    ends: Tensor
+    t: Tensor
+    points: Tensor
 
 
 class KD(Objective[KDDraw]):
@@ -48,6 +51,9 @@ class KD(Objective[KDDraw]):
         t_min: target time of a sample.
         t_max: where the path starts.
         pool: the conditions that paths are drawn for.
+
+    With ``config.points`` above 1 the student learns points all along the path, the end among them: this grounds an
+    objective that bootstraps (``replay.share``).
     """
 
     def __init__(self, config: KDConfig, teacher: TeacherView, t_min: float, t_max: float, pool: Cond) -> None:
@@ -56,8 +62,10 @@ class KD(Objective[KDDraw]):
         self.t_min = t_min
         self.t_max = t_max
         self.pool = pool
-        shape = teacher.teacher.spec.sample_shape
-        self._eps, self._ends = torch.empty(0, *shape), torch.empty(0, *shape)
+        shape, points = teacher.teacher.spec.sample_shape, config.points
+        # Falling from noise to data; the start of the path, which costs one evaluation, is not among them.
+        self._times = torch.linspace(t_max, t_min, points + 1, dtype=torch.float64)
+        self._eps, self._points = torch.empty(0, *shape), torch.empty(0, points, *shape)
         self._rows = torch.empty(0, dtype=torch.long)
         self._next = 0
 
@@ -74,56 +82,62 @@ class KD(Objective[KDDraw]):
         rows = conditions(generator, count, len(self.pool))
         mine = slice(engine.rank * count // engine.num_processes, (engine.rank + 1) * count // engine.num_processes)
         parts = zip(torch.split(eps[mine], batch_size), torch.split(rows[mine], batch_size), strict=True)
-        ends = engine.gather(torch.cat([self._ends_of(e, r, engine) for e, r in parts])).cpu()
+        points = engine.gather(torch.cat([self._follow(e, r, engine) for e, r in parts])).cpu()
         for start in range(0, count, self.config.buffer):
             part = slice(start, start + self.config.buffer)
-            self._store(eps[part], rows[part], ends[part])
+            self._store(eps[part], rows[part], points[part])
 
     @torch.no_grad()
-    def _ends_of(self, eps: Tensor, rows: Tensor, engine: Engine) -> Tensor:
+    def _follow(self, eps: Tensor, rows: Tensor, engine: Engine) -> Tensor:
+        """The points of the teacher's paths from ``eps``, (b, points, c, h, w)."""
         eps, cond = eps.to(engine.device), self.pool.rows(rows).to(engine.device)
-        t, s = (torch.full((len(eps),), at, dtype=torch.float64) for at in (self.t_max, self.t_min))
+        schedule, config = self.teacher.schedule, self.config
+        steps = math.ceil(config.teacher_steps / config.points)
 
         def denoiser(x: Tensor, at: Tensor) -> Tensor:
             return self.teacher.x0(x, at, cond)
 
+        points = []
         with engine.autocast():
             y = path_start(self.teacher, eps, cond, self.t_max)
-            return solve(denoiser, self.teacher.schedule, y, eps, t, s, self.config.solver, self.config.teacher_steps)
+            for t, s in self._times.unfold(0, 2, 1):
+                y = solve(denoiser, schedule, y, eps, t.expand(len(y)), s.expand(len(y)), config.solver, steps)
+                points.append(y)
+        return torch.stack(points, 1)
 
-    def _store(self, eps: Tensor, rows: Tensor, ends: Tensor) -> None:
+    def _store(self, eps: Tensor, rows: Tensor, points: Tensor) -> None:
         """Append while there is room; then the oldest paths make room."""
         room = self.config.buffer - len(self._eps)
         self._eps = torch.cat([self._eps, eps[:room]])
         self._rows = torch.cat([self._rows, rows[:room]])
-        self._ends = torch.cat([self._ends, ends[:room]])
+        self._points = torch.cat([self._points, points[:room]])
         late = (self._next + torch.arange(max(0, len(eps) - room))) % self.config.buffer
-        self._eps[late], self._rows[late], self._ends[late] = eps[room:], rows[room:], ends[room:]
+        self._eps[late], self._rows[late], self._points[late] = eps[room:], rows[room:], points[room:]
         self._next = (self._next + len(late)) % self.config.buffer
 
     def state(self) -> dict[str, Tensor]:
         """The buffer."""
-        return {"eps": self._eps, "rows": self._rows, "ends": self._ends, "next": torch.tensor(self._next)}
+        return {"eps": self._eps, "rows": self._rows, "points": self._points, "next": torch.tensor(self._next)}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take a buffer back. Raises `KeyError` where it does not fit."""
-        self._eps, self._rows, self._ends = tensors["eps"].cpu(), tensors["rows"].cpu(), tensors["ends"].cpu()
+        self._eps, self._rows, self._points = (tensors[name].cpu() for name in ("eps", "rows", "points"))
         self._next = int(tensors["next"])
 
     def draw(self, generator: torch.Generator, batch_size: int, pool: int, progress: float) -> KDDraw:
-        """Paths of the buffer, uniformly."""
-        index = torch.randint(len(self._eps), (batch_size,), generator=generator)
-        return KDDraw(self._eps[index], self._rows[index], self._ends[index])
+        """Paths of the buffer and points on them, uniformly."""
+        path = torch.randint(len(self._eps), (batch_size,), generator=generator)
+        point = torch.randint(self.config.points, (batch_size,), generator=generator)
+        return KDDraw(self._eps[path], self._rows[path], self._times[1 + point], self._points[path, point])
 
     def take(self, draw: KDDraw, rows: slice, device: torch.device) -> KDDraw:
-        """The rows of a draw, with noise and ends on a device."""
-        return KDDraw(draw.eps[rows].to(device), draw.rows[rows], draw.ends[rows].to(device))
+        """The rows of a draw, with noise and points on a device."""
+        return KDDraw(draw.eps[rows].to(device), draw.rows[rows], draw.t[rows], draw.points[rows].to(device))
 
     def loss(self, student: Student, draw: KDDraw, cond: Cond) -> Terms:
-        """The squared error of y(eps, t_min, c) to the end of the teacher's path."""
-        t = torch.full((len(draw.eps),), self.t_min, dtype=torch.float64)
-        square = (student(draw.eps, t, cond) - draw.ends).square().flatten(1).mean(1)
+        """The squared error of y(eps, t, c) to the point of the teacher's path."""
+        square = (student(draw.eps, draw.t, cond) - draw.points).square().flatten(1).mean(1)
         weight = adaptive(square, self.config.power)
         loss = (weight * square).mean()
         pull = 2 * weight * square.detach().sqrt()
-        return Terms(loss, {"regression": loss.detach()}, square.detach(), t, pull)
+        return Terms(loss, {"regression": loss.detach()}, square.detach(), draw.t, pull)

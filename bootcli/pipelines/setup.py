@@ -147,10 +147,19 @@ def set_up(teacher: Teacher, config: DistillConfig, engine: Engine, *, fresh: bo
         if critic is not None and critic.net is not teacher.net:
             critic.net.compile()
     objective = make_objective(config, view, pool, t_max)
+    replay = KD(config.replay, view, config.student.t_min, t_max, pool) if config.replay.share else None
     return Distillation(
-        student=student, objective=objective, conditions=pool, corrector=corrector, critic=critic, refiner=refiner,
-        view=view, t_max=t_max, config=config,
-    )  # fmt: skip
+        view=view,
+        conditions=pool,
+        student=student,
+        objective=objective,
+        replay=replay,
+        corrector=corrector,
+        critic=critic,
+        refiner=refiner,
+        t_max=t_max,
+        config=config,
+    )
 
 
 def make_objective(config: DistillConfig, view: TeacherView, pool: Cond, t_max: float) -> Objective[Any]:
