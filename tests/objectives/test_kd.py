@@ -1,0 +1,108 @@
+"""Direct distillation: where its targets come from, and what its buffer holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bootcli.closed_form import GaussianMixtureTeacher, GaussianTeacher
+from bootcli.config import KDConfig
+from bootcli.engine import Engine
+from bootcli.maths.schedule import CosineVP
+from bootcli.objectives.kd import FIRST_FILL, KD, KDDraw
+from bootcli.teachers.protocol import Cond
+from bootcli.teachers.view import TeacherView
+from tests.objectives.closed import DDPM, MEAN, Exact
+
+
+def objective(teacher: GaussianMixtureTeacher | None = None, pool: Cond | None = None, **config: Any) -> KD:
+    teacher = teacher or GaussianTeacher(MEAN, 0.5, DDPM)
+    return KD(KDConfig(**config), TeacherView(teacher), 0.0, 0.8, pool or Cond())
+
+
+def renewed(kd: KD, steps: int, batch_size: int = 8, first: int = 1) -> KD:
+    for step in range(first, first + steps):
+        kd.renew(torch.Generator().manual_seed(step), batch_size, step, Engine("cpu", "no"))
+    return kd
+
+
+def draw(kd: KD, n: int = 64) -> KDDraw:
+    return kd.draw(torch.Generator().manual_seed(0), n, 1, 0.0)
+
+
+@pytest.mark.parametrize("points", [1, 4])
+def test_targets_are_points_of_the_exact_paths(points: int) -> None:
+    """The error falls as the square of the number of midpoint steps; times and points belong together."""
+    errors = []
+    for steps in (8, 16, 32):
+        kd = renewed(objective(teacher_steps=steps, points=points), 1)
+        batch = draw(kd)
+        assert set(batch.t.tolist()) == {0.8 * k / points for k in range(points)}
+        errors.append(kd.loss(Exact(GaussianTeacher(MEAN, 0.5, DDPM), 0.8), batch, Cond()).residual.mean().sqrt())  # type: ignore[arg-type]
+    assert errors[0] < 0.08
+    assert 2.5 < float(errors[0] / errors[1]) < 8
+    assert 2.5 < float(errors[1] / errors[2]) < 8
+
+
+def test_loss_is_the_squared_error_and_pull_its_gradient() -> None:
+    teacher = GaussianTeacher(MEAN, 0.0, DDPM)
+    kd = renewed(objective(teacher), 1)
+    student = Exact(teacher, 0.8, shift=0.5)
+    terms = kd.loss(student, draw(kd), Cond())  # type: ignore[arg-type]
+    assert terms.loss.item() == pytest.approx(0.25, rel=1e-4)
+    (gradient,) = torch.autograd.grad(terms.loss, student.shift)
+    assert float(gradient) == pytest.approx(float(terms.pull.mean()), rel=1e-4)
+
+
+def test_each_path_is_drawn_as_often_as_stated() -> None:
+    """In the long run a buffer of n paths gets batch_size new ones in ``reuse`` updates, which draw reuse batches."""
+    kd = renewed(objective(buffer=64, reuse=4, teacher_steps=1), 1)
+    seen: dict[bytes, int] = {}
+    for step in range(2, 402):
+        renewed(kd, 1, first=step)
+        for eps in kd.draw(torch.Generator().manual_seed(step), 8, 1, 0.0).eps:
+            key = eps.numpy().tobytes()
+            seen[key] = seen.get(key, 0) + 1
+    settled = list(seen.values())[100:-100]
+    assert sum(settled) / len(settled) == pytest.approx(4.0, rel=0.1)  # a path that is never drawn is not counted
+
+
+def test_buffer_is_filled_first_and_then_bounded() -> None:
+    kd = renewed(objective(buffer=200, reuse=2, teacher_steps=1), 1)
+    assert len(kd.state()["eps"]) == FIRST_FILL * 8
+    renewed(kd, 40, first=2)
+    assert {len(kd.state()[name]) for name in ("eps", "rows", "points")} == {200}
+    small = renewed(objective(buffer=5, teacher_steps=1, reuse=1), 3)
+    assert len(small.state()["eps"]) == 5
+
+
+def test_newest_paths_stay() -> None:
+    kd = renewed(objective(buffer=16, reuse=1, teacher_steps=1), 3)
+    old = kd.state()["eps"].clone()
+    renewed(kd, 1, first=4)
+    kept = [any(torch.equal(a, b) for b in kd.state()["eps"]) for a in old]
+    assert sum(kept) == 8
+    renewed(kd, 1, first=5)
+    assert not any(any(torch.equal(a, b) for b in kd.state()["eps"]) for a in old)
+
+
+def test_state_round_trip() -> None:
+    kd = renewed(objective(buffer=32, reuse=1, teacher_steps=1), 5)
+    other = objective(buffer=32, reuse=1, teacher_steps=1)
+    other.load_state({name: tensor.clone() for name, tensor in kd.state().items()})
+    for each in (kd, other):
+        renewed(each, 1, first=6)
+    assert torch.equal(draw(kd).points, draw(other).points)
+    assert torch.equal(draw(kd).eps, draw(other).eps)
+
+
+def test_conditions_stay_with_their_paths() -> None:
+    """Two classes, each a point: a path of class k ends on mean k."""
+    means = torch.stack([MEAN, -MEAN])
+    teacher = GaussianMixtureTeacher(means, torch.zeros(2), torch.ones(2), CosineVP(), conditioning="class")
+    kd = renewed(objective(teacher, teacher.condition([0, 1])), 1)
+    batch = draw(kd)
+    assert set(batch.rows.tolist()) == {0, 1}
+    assert torch.allclose(batch.points, means[batch.rows], atol=1e-5)
