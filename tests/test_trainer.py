@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,78 @@ def test_training_streams_differ_by_step_and_seed_only() -> None:
     assert torch.equal(draws[0, 1], torch.randn(4, generator=stream(0, 1)))
     assert not torch.equal(draws[0, 1], draws[0, 2])
     assert not torch.equal(draws[0, 1], draws[1, 1])
+
+
+EVERYTHING: dict[str, object] = {
+    "corrector": True,
+    "correction.warmup": 2,
+    "refiner.share": 0.125,
+    "refiner.teacher_steps": 1,
+    "replay.share": 0.125,
+    "replay.teacher_steps": 4,
+    "kd.teacher_steps": 2,
+}
+every_objective = pytest.mark.parametrize("objective", ["boot", "freeflow", "kd"])
+
+
+@every_objective
+def test_update_does_not_depend_on_how_the_batch_is_split(tiny_teacher: Teacher, objective: str) -> None:
+    """Also with a corrector, whose balance is a running mean over whole updates, and with stored paths."""
+    settings = {**EVERYTHING, "objective": objective, "steps": 4, "batch_size": 16, "optimizer.name": "adamw"}
+    whole, ours = run(tiny_teacher, config_of(**settings))
+    split, theirs = run(tiny_teacher, config_of(**settings, **{"optimizer.accumulation": 2}))
+    assert [r.loss for r in ours] == pytest.approx([r.loss for r in theirs], rel=1e-3)
+    for networks in ("student", "critic"):
+        pairs = zip(getattr(whole.work, networks).parameters(), getattr(split.work, networks).parameters(), strict=True)
+        medians = [float((a - b).detach().abs().median()) for a, b in pairs]
+        assert max(medians) < 1e-4, medians  # a tenth of one update of Adam, whose first ones are sign-like
+
+
+@every_objective
+def test_everything_resumes_bit_for_bit(tiny_teacher: Teacher, objective: str) -> None:
+    config = config_of(**EVERYTHING, objective=objective, batch_size=16)
+    straight, reports = run(tiny_teacher, config)
+    _, stopped = build(tiny_teacher, config)
+    begun = stopped.run()
+    for _ in range(3):
+        next(begun)
+    tensors, facts = stopped.state()
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    _, resumed = build(tiny_teacher, config)
+    resumed.load_state(tensors, json.loads(json.dumps(facts)))
+    assert [r.loss for r in resumed.run()] == [r.loss for r in reports[3:]]
+    for name, tensor in straight.state()[0].items():
+        if not name.startswith("rng."):
+            assert torch.equal(tensor, resumed.state()[0][name]), name
+    assert straight.balance == resumed.balance
+
+
+def test_critic_warms_up_before_the_student_listens(tiny_teacher: Teacher) -> None:
+    """Until ``start`` the whole batch predicts; then the critic alone learns; then the student hears it."""
+    settings = {"steps": 5, "correction.start": 1, "correction.warmup": 2, "optimizer.name": "adamw"}
+    work, trainer = build(tiny_teacher, config_of(corrector=True, **settings))
+    assert work.critic is not None
+    first = next(iter(work.critic.parameters())).detach().clone()
+    heard: list[bool] = []
+    loss = trainer.work.corrector.loss  # type: ignore[union-attr]
+
+    def watched(*args: Any, listens: bool) -> object:
+        heard.append(listens)
+        return loss(*args, listens=listens)
+
+    trainer.work.corrector.loss = watched  # type: ignore[union-attr, method-assign]
+    reports = trainer.run()
+    assert next(reports).images == 8  # samples that predict
+    assert torch.equal(first, next(iter(work.critic.parameters())))
+    assert next(reports).images == 6
+    assert not torch.equal(first, next(iter(work.critic.parameters())))
+    list(reports)
+    assert heard == [False, False, True, True]
+
+
+def test_a_batch_too_small_for_its_parts_is_refused(tiny_teacher: Teacher) -> None:
+    with pytest.raises(BootError, match="leave none to predict"):
+        build(tiny_teacher, config_of(**EVERYTHING, batch_size=3))
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny_teacher: Teacher) -> None:
