@@ -180,6 +180,20 @@ class RefinerConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """What is measured while training (`bootcli.watch`): the best student is kept, warnings are given."""
+
+    every: Count = 1000
+    """Steps between scores; 0: none, and the last student is kept."""
+    num_images: Annotated[int, Ge(128)] = 1000
+    """Images of each score; where there is no reference, 128 tell the diversity."""
+    reference: str | None = None
+    """What the distance is to, as evaluate's --reference; None is what comes with the teacher, if anything."""
+    patience: Count = 0
+    """Scores without a better one after which the run ends; 0: never."""
+
+
+@dataclass(frozen=True)
 class DistillConfig:
     """One distillation run. Written to the run folder before step 0."""
 
@@ -194,6 +208,8 @@ class DistillConfig:
     """Class labels to distil; None is all of them."""
     guidance_scale: Annotated[float, Ge(0)] = 1.0
     steps: Positive = 20_000
+    max_minutes: PositiveFloat | None = None
+    """Training ends after so many minutes, if its steps are not done before; pictures and scores do not count."""
     batch_size: Positive = 64
     learning_rate: PositiveFloat = 2e-4
     seed: Seed = 0
@@ -217,10 +233,13 @@ class DistillConfig:
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     refiner: RefinerConfig = field(default_factory=RefinerConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
 
-RESUMABLE = frozenset({"log_every", "preview_every", "preview_teacher_steps", "checkpoint_every", "keep_checkpoints"})
-"""What may change on ``--resume``, beside a longer ``steps``: logging only."""
+RESUMABLE = frozenset(
+    {"log_every", "preview_every", "preview_teacher_steps", "checkpoint_every", "keep_checkpoints", "watch.patience"}
+)
+"""What may change on ``--resume``, beside longer ``steps`` and ``max_minutes``: what has no part in the training."""
 
 
 def resolve(*layers: Mapping[str, object]) -> DistillConfig:

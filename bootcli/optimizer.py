@@ -34,10 +34,17 @@ def make_optimizer(module: nn.Module, config: DistillConfig) -> torch.optim.Opti
             assert_never(settings.name)
 
 
-def learning_rate(config: OptimizerConfig, peak: float, step: int, steps: int) -> float:
-    """The learning rate of update ``step`` (from 1) of ``steps``: linear warm-up, then constant, cosine or linear."""
+def learning_rate(config: OptimizerConfig, peak: float, step: int, steps: int, time_used: float = 0.0) -> float:
+    """The learning rate of update ``step`` (from 1) of ``steps``: linear warm-up, then constant, cosine or linear.
+
+    Args:
+        config: warm-up and decay.
+        peak: after the warm-up.
+        step, steps: where in the training.
+        time_used: share of a time limit, in [0, 1]; the training is as far as the further of both.
+    """
     if step <= config.warmup_steps:
         return peak * step / config.warmup_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    progress = min(1.0, max((step - config.warmup_steps) / max(1, steps - config.warmup_steps), time_used))
     factor = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress}
     return peak * factor[config.decay]

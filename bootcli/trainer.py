@@ -153,6 +153,7 @@ class Trainer:
         self.config = config
         self.engine = engine
         self.step = 0
+        self.seconds = 0.0
         self.parts = Parts.of(config, config.batch_size // shares)
         self.balance = Balance()
         student, critic = work.student, work.critic
@@ -175,7 +176,7 @@ class Trainer:
     def _update(self, step: int) -> StepReport:
         began = time.perf_counter()
         config, engine = self.config, self.engine
-        rate = learning_rate(config.optimizer, config.learning_rate, step, config.steps)
+        rate = learning_rate(config.optimizer, config.learning_rate, step, config.steps, self._time_used())
         terms = self._accumulate(step)
         loss = float(engine.mean(sum_loss(terms)))
         if not math.isfinite(loss):
@@ -193,7 +194,16 @@ class Trainer:
             optimizer.zero_grad()
         self.ema.update(self.work.student, step)
         self.step = step
-        return report(step, loss, terms, norms[0], rate, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        return report(step, loss, terms, norms[0], rate, seconds)
+
+    def _time_used(self) -> float:
+        """The share of the time limit that is used, the same in all processes; 0 where there is none."""
+        if self.config.max_minutes is None:
+            return 0.0
+        share = self.seconds / (60 * self.config.max_minutes)
+        return share if self.engine.num_processes == 1 else float(self.engine.mean(torch.tensor(share)))
 
     def _critic_learns(self, step: int) -> bool:
         return self.work.critic is not None and step > self.config.correction.start
@@ -290,6 +300,7 @@ class Trainer:
         scaler = self.engine.scaler
         facts = {
             "step": self.step,
+            "seconds": self.seconds,
             "balance": dataclasses.asdict(self.balance),
             "scaler": scaler.state_dict() if scaler else None,
         }
@@ -313,7 +324,7 @@ class Trainer:
         if self.engine.scaler is not None and facts["scaler"]:
             self.engine.scaler.load_state_dict(facts["scaler"])
         self.balance = Balance(**facts["balance"])
-        self.step = int(facts["step"])
+        self.step, self.seconds = int(facts["step"]), float(facts["seconds"])
 
     def _balance(self, terms: list[Terms]) -> None:
         """Take the pulls of this update into the balance of the next ones."""

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from bootcli.pipelines.events import Event, Previewed, Started, Stepped
+from bootcli.pipelines.events import Event, Previewed, Scored, Started, Stepped, Warned
 
 LINE_EVERY = 10.0
 """Seconds between plain progress lines."""
@@ -96,6 +96,12 @@ class _Training:
             report = event.report
             details = f"loss {report.loss:.4g}  residual {report.residual:.4g}"
             self.display.advance("step", report.step, self.steps, details, images=report.images)
+        elif isinstance(event, Scored):
+            score, best = event.score, ", the best so far" if event.is_best else ""
+            fid = "" if score.fid is None else f"watched FID {score.fid:.3g}{best}, "
+            self.display.note(f"step {score.step}: {fid}diversity {score.diversity:.2f} of the teacher's")
+        elif isinstance(event, Warned):
+            self.display.note(f"Warning: step {event.step}: {event.message}")
         elif isinstance(event, Previewed):
             self.display.note(f"step {event.step}: {event.path}, squared error to the teacher {event.paired_error:.4f}")
 

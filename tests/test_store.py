@@ -199,12 +199,12 @@ def test_a_config_of_another_version_is_a_broken_file(tmp_path: Path) -> None:
 
 def test_the_log_forgets_what_will_be_written_again(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    run.trim_log(0)
+    run.trim(0)
     for step in (1, 2, 3):
         run.log({"step": step})
     with run.log_file.open("a") as file:
         file.write('{"step": 2, "loss"')
-    run.trim_log(2)
+    run.trim(2)
     assert [json.loads(line)["step"] for line in run.log_file.read_text().splitlines()] == [1, 2]
 
 

@@ -70,6 +70,10 @@ StepsOption = Annotated[
     int | None,
     typer.Option(metavar="N", help="Updates.", show_default=recipe(20_000), rich_help_panel=TRAINING),
 ]
+MaxMinutesOption = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Minutes of training, if the steps take longer.", rich_help_panel=TRAINING),
+]
 BatchSizeOption = Annotated[
     int | None,
     typer.Option(
@@ -167,6 +171,7 @@ def distill(
     objective: ObjectiveOption = None,
     corrector: CorrectorOption = None,
     steps: StepsOption = None,
+    max_minutes: MaxMinutesOption = None,
     batch_size: BatchSizeOption = None,
     learning_rate: LearningRateOption = None,
     seed: SeedOption = None,
@@ -246,15 +251,19 @@ def _train(layers: Layers, run: Path, *, resume: bool, overwrite: bool, as_json:
 
     config = resume_config(run, *layers) if resume else resolve_config(*layers)
     from bootcli.pipelines.distill import distill  # torch, once the settings are known to be good
+    from bootcli.pipelines.events import Warned
 
     last: dict[str, Any] = {}
+    warnings: list[str] = []
     with ui.training() as show:
         for event in distill(config, run, resume=resume, overwrite=overwrite):
             show(event)
             last[type(event).__name__] = event
+            if isinstance(event, Warned):
+                warnings.append(f"step {event.step}: {event.message}")
     if not last:  # one of several processes, and not the one that speaks
         return
-    summary = _summary(last)
+    summary = _summary(last, warnings)
     if as_json:
         print_json(summary)
     else:
@@ -264,10 +273,20 @@ def _train(layers: Layers, run: Path, *, resume: bool, overwrite: bool, as_json:
         ui.print_next(f"bootcli sample {name}", f"bootcli evaluate {name}")
 
 
-def _summary(last: Mapping[str, Any]) -> dict[str, object]:
-    """The result of a run, from its last event of each kind."""
+def _summary(last: Mapping[str, Any], warnings: list[str]) -> dict[str, object]:
+    """The result of a run, from its last event of each kind and the warnings on its way."""
     finished = last["Finished"]
-    result = {"run": finished.run, "student": finished.student, "steps": finished.steps, "seconds": finished.seconds}
+    result: dict[str, object] = {
+        "run": finished.run,
+        "student": finished.student,
+        "steps": finished.steps,
+        "ended_by": finished.ended_by,
+        "seconds": finished.seconds,
+    }
+    if finished.best is not None:
+        result |= {"student_of_step": finished.best.step, "watched_fid": finished.best.fid}
+    if warnings:
+        result["warnings"] = warnings
     if "Previewed" in last:
         result |= {"preview": last["Previewed"].path, "paired_error": last["Previewed"].paired_error}
     if "Stepped" in last:  # not where a finished run is resumed

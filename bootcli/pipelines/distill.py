@@ -17,16 +17,22 @@ from bootcli.config import DistillConfig, to_dict
 from bootcli.engine import Engine
 from bootcli.errors import BootError, Interrupted
 from bootcli.images import enlarge, grid, save_png, to_uint8
-from bootcli.pipelines.events import Event, Finished, Previewed, Saved, Started, Stepped
+from bootcli.pipelines.events import Event, Finished, Previewed, Saved, Scored, Started, Stepped, Warned
+from bootcli.pipelines.scoring import Scorer
 from bootcli.pipelines.setup import Distillation, set_up
 from bootcli.sampler import prior_noise, teacher_endpoint
 from bootcli.signals import watch_signals
 from bootcli.store.artifact import save_student
 from bootcli.store.checkpoint import load_newest, save_checkpoint
+from bootcli.store.files import copy_file
 from bootcli.store.rundir import RunDir
 from bootcli.teachers.registry import load
 from bootcli.trainer import AGAIN, StepReport, Trainer
+from bootcli.watch import Score, Watch
 
+TIME_IS_UP, NO_BETTER = 1000, 1001
+ENDINGS = {TIME_IS_UP: "max_minutes", NO_BETTER: "patience"}
+"""Why a run ends before its steps are done, by numbers that no signal has."""
 PREVIEWS = 10
 """Columns of a preview grid."""
 
@@ -71,7 +77,7 @@ def _restore(trainer: Trainer, rundir: RunDir) -> None:
         trainer.load_state(tensors, facts)
     except (KeyError, RuntimeError, ValueError) as error:
         raise BootError(f"The checkpoint in {rundir.checkpoints} does not fit this run: {error}.") from error
-    rundir.trim_log(trainer.step)
+    rundir.trim(trainer.step)
 
 
 class _Session:
@@ -86,6 +92,8 @@ class _Session:
         self.config = work.config
         self._teacher_samples: Tensor | None = None
         self._previewed = -1
+        self._watch = Watch([Score(**line) for line in rundir.scores()])  # type: ignore[arg-type]
+        self._scorer: Scorer | None = None
 
     def facts(self, origin: str) -> dict[str, str]:
         """What `Started` tells the user."""
@@ -101,10 +109,21 @@ class _Session:
 
     def events(self) -> Iterator[Event]:
         """Train to the end, or to the signal that stops it."""
-        began, first = time.perf_counter(), self.trainer.step
+        began, first, ended_by = time.perf_counter(), self.trainer.step, "steps"
         with watch_signals() as wish:
             reports = self.trainer.run()
             while True:
+                ending = self.engine.largest(wish.signum or self._ending())  # all processes stop at the same step
+                if ending in ENDINGS:
+                    ended_by = ENDINGS[ending]
+                    break
+                if ending:
+                    yield self._checkpoint()
+                    raise Interrupted(
+                        f"Stopped at step {self.trainer.step}; the state is saved in {self.rundir.checkpoints}.",
+                        f"Go on with: bootcli distill --resume --output {self.rundir.path}",
+                        signum=ending,
+                    )
                 try:
                     report = next(reports, None)
                 except BootError as error:
@@ -113,15 +132,14 @@ class _Session:
                 if report is None:
                     break
                 yield from self._after_step(report)
-                signum = self.engine.largest(wish.signum or 0)  # all processes stop at the same step
-                if signum:
-                    yield self._checkpoint()
-                    raise Interrupted(
-                        f"Stopped at step {self.trainer.step}; the state is saved in {self.rundir.checkpoints}.",
-                        f"Go on with: bootcli distill --resume --output {self.rundir.path}",
-                        signum=signum,
-                    )
-            yield from self._finish(began, first)
+            yield from self._finish(began, first, ended_by)
+
+    def _ending(self) -> int:
+        """One of `ENDINGS`, or 0."""
+        limit, patience = self.config.max_minutes, self.config.watch.patience
+        if limit is not None and self.trainer.seconds >= 60 * limit:
+            return TIME_IS_UP
+        return NO_BETTER if patience and self._watch.since_best() >= patience else 0
 
     def _after_step(self, report: StepReport) -> Iterator[Event]:
         config, last = self.config, report.step == self.config.steps
@@ -129,21 +147,53 @@ class _Session:
             empty = {"residual_bins": [None if math.isnan(mean) else mean for mean in report.residual_bins]}
             self.rundir.log(dataclasses.asdict(report) | empty)
         yield Stepped(report)
+        if warning := self._watch.follow(report.residual):
+            yield Warned(report.step, warning)
         if config.preview_every and report.step % config.preview_every == 0:
             yield from self._preview()
+        if config.watch.every and report.step % config.watch.every == 0:
+            yield from self._score()
         if config.checkpoint_every and report.step % config.checkpoint_every == 0 and not last:
             yield self._checkpoint()
 
-    def _finish(self, began: float, first: int) -> Iterator[Event]:
+    def _score(self) -> Iterator[Event]:
+        """Measure the student; keep it where it is the best so far."""
+        step = self.trainer.step
+        if not self.engine.is_main or any(score.step == step for score in self._watch.scores):
+            return
+        if self._scorer is None:
+            self._scorer = Scorer(self.work, self.engine)
+        with self.trainer.ema.applied_to(self.work.student):
+            score = self._scorer.score(step)
+        is_best = self._watch.add(score)
+        if is_best:
+            self._save(self.rundir.best)
+        self.rundir.log_score(dataclasses.asdict(score))
+        yield Scored(score, is_best)
+        beginner = len(self._watch.scores) == 1 and step < self.config.steps
+        if not beginner and (warning := self._watch.judge(score.diversity)):
+            yield Warned(step, warning)
+
+    def _finish(self, began: float, first: int, ended_by: str) -> Iterator[Event]:
         if not all(bool(weight.isfinite().all()) for weight in self.trainer.ema.weights.values()):
             raise BootError(f"The weights are not finite after step {self.trainer.step}: no student is written.", AGAIN)
         yield from self._preview()
+        if self.config.watch.every:
+            yield from self._score()
         if self.trainer.step > first:
             yield self._checkpoint()
+        best = self._watch.best
         if self.engine.is_main:
-            weights = self.trainer.ema.weights
-            save_student(self.rundir.student, self.work.student, weights, self.family, self.config, self.trainer.step)
-        yield Finished(self.rundir.path, self.rundir.student, self.trainer.step, time.perf_counter() - began)
+            if best is not None and best.step < self.trainer.step and self.rundir.best.is_file():
+                copy_file(self.rundir.best, self.rundir.student)
+            else:
+                self._save(self.rundir.student)
+        seconds = time.perf_counter() - began
+        yield Finished(self.rundir.path, self.rundir.student, self.trainer.step, seconds, ended_by, best)
+
+    def _save(self, path: Path) -> None:
+        weights = self.trainer.ema.weights
+        save_student(path, self.work.student, weights, self.family, self.config, self.trainer.step)
 
     def _checkpoint(self) -> Saved:
         self.engine.wait()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bootcli.watch import Score
+
 if TYPE_CHECKING:
     from bootcli.trainer import StepReport
 
@@ -54,13 +56,40 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """The student was measured."""
+
+    score: Score
+    is_best: bool
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Something goes wrong; the run goes on."""
+
+    step: int
+    message: str
+
+
+@dataclass(frozen=True)
 class Finished:
-    """The run is done; the student can be sampled."""
+    """The run is done; the student can be sampled.
+
+    Args:
+        run: the run folder.
+        student: the artifact.
+        steps: updates done.
+        seconds: this call took.
+        ended_by: "steps", "max_minutes" or "patience".
+        best: the score of the student that was kept, where a distance was measured.
+    """
 
     run: Path
     student: Path
     steps: int
     seconds: float
+    ended_by: str
+    best: Score | None
 
 
-Event = Started | Stepped | Previewed | Saved | Finished
+Event = Started | Stepped | Previewed | Saved | Scored | Warned | Finished

@@ -37,15 +37,22 @@ def resume_config(
     refused = {
         key: values
         for key, values in differences(stored, changed).items()
-        if key not in RESUMABLE and not (key == "steps" and changed.steps > stored.steps)
+        if key not in RESUMABLE and not _longer(key, *values)
     }
     if refused:
         listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in refused.items())
         raise UsageError(
             f"--resume cannot change {listed} of {run}.",
-            "Only a longer --steps and logging may change; start a new run for the rest.",
+            "Only longer --steps and --max-minutes, and logging, may change; start a new run for the rest.",
         )
     return changed
+
+
+def _longer(key: str, old: object, new: object) -> bool:
+    """Whether a change makes the run end later; no limit is the latest."""
+    if key not in ("steps", "max_minutes"):
+        return False
+    return new is None or (isinstance(old, int | float) and isinstance(new, int | float) and new > old)
 
 
 def _whole_paths(config: DistillConfig) -> DistillConfig:

@@ -47,6 +47,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """A copy of a file, there whole or not at all."""
+    with atomic_file(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file, readable by people, atomically."""
     with atomic_file(path) as temporary:

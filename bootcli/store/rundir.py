@@ -2,6 +2,7 @@
 
 config.json   the resolved configuration, written before step 0
 log.jsonl     one line per logged step
+scores.jsonl  one line per score of the student while it learns
 previews/     PNG grids: the teacher's many-step samples above the student's, from the same noise
 checkpoints/  complete states, newest last
 student/      the student artifact, one safetensors file
@@ -39,6 +40,16 @@ class RunDir:
     def log_file(self) -> Path:
         """One JSON object per logged step."""
         return self.path / "log.jsonl"
+
+    @property
+    def scores_file(self) -> Path:
+        """One JSON object per score."""
+        return self.path / "scores.jsonl"
+
+    @property
+    def best(self) -> Path:
+        """The best student of an unfinished run."""
+        return self.path / "checkpoints" / "best.safetensors"
 
     @property
     def previews(self) -> Path:
@@ -85,7 +96,8 @@ class RunDir:
         made = (self.previews, self.checkpoints, self.student.parent, self.samples, self.evaluations, self.exports)
         for folder in made:
             shutil.rmtree(folder, ignore_errors=True)
-        self.log_file.unlink(missing_ok=True)
+        for file in (self.log_file, self.scores_file):
+            file.unlink(missing_ok=True)
 
     def config(self) -> DistillConfig:
         """The stored configuration. Raises `BootError` for a folder that is not a run or a broken file."""
@@ -98,15 +110,29 @@ class RunDir:
 
     def log(self, line: Mapping[str, object]) -> None:
         """Append one line to the log."""
-        with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        _append(self.log_file, line)
 
-    def trim_log(self, step: int) -> None:
-        """Drop the lines after ``step``, which a resumed run will write again."""
-        if not self.log_file.exists():
-            return
-        kept = [line for line in self.log_file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        self.log_file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    def log_score(self, line: Mapping[str, object]) -> None:
+        """Append one line to the scores."""
+        _append(self.scores_file, line)
+
+    def scores(self) -> list[dict[str, object]]:
+        """The lines of the scores."""
+        if not self.scores_file.exists():
+            return []
+        return [json.loads(line) for line in self.scores_file.read_text(encoding="utf-8").splitlines()]
+
+    def trim(self, step: int) -> None:
+        """Drop the lines of log and scores after ``step``, which a resumed run will write again."""
+        for file in (self.log_file, self.scores_file):
+            if file.exists():
+                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+                file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _append(path: Path, line: Mapping[str, object]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _step_of(line: str) -> float:

@@ -1,0 +1,77 @@
+"""The score of a student that is still learning: small, cheap, always of the same seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bootcli.engine import Engine
+from bootcli.evaluate import frechet, reference_for, statistics_of
+from bootcli.images import to_uint8
+from bootcli.pipelines.setup import Distillation, condition_of
+from bootcli.sampler import prior_noise, teacher_endpoint
+from bootcli.watch import Score
+
+FIRST_SEED = 2**40
+"""Far from the seeds that `bootcli evaluate` draws: what chose the student must not flatter it there."""
+TEACHER_STEPS = 10
+DIVERSE = 128
+"""Images whose variance is compared, of student and teacher from the same seeds."""
+BATCH = 250
+
+
+class Scorer:
+    """Measures the student of a run.
+
+    Args:
+        work: the run.
+        engine: where and in what precision.
+
+    Raises `UsageError` or `BootError` where the configured reference cannot be used.
+    """
+
+    def __init__(self, work: Distillation, engine: Engine) -> None:
+        self.work = work
+        self.engine = engine
+        self.cond_of = condition_of(work.view.teacher, work.config)
+        teacher, wanted = work.view.teacher, work.config.watch.reference
+        known = wanted is not None or teacher.feature_space() is not None
+        self.reference = reference_for(teacher, wanted, engine.device) if known else None
+        self._teacher_variance: float | None = None
+
+    @torch.no_grad()
+    def score(self, step: int) -> Score:
+        """The score of the student as it is, with the averaged weights on."""
+        if self._teacher_variance is None:
+            self._teacher_variance = _variance(torch.cat(list(self._teacher())))
+        samples = list(self._student())
+        fid = None
+        if self.reference is not None:
+            images = (to_uint8(self.work.view.teacher.decode(z.to(self.engine.device))) for z in samples)
+            found = statistics_of(images, self.reference.network, self.engine.device)
+            fid = frechet(found, self.reference.statistics)
+        return Score(step, fid, _variance(torch.cat(samples)[:DIVERSE]) / max(self._teacher_variance, 1e-12))
+
+    def _student(self) -> Iterator[Tensor]:
+        for eps, seeds in self._noise(DIVERSE if self.reference is None else self.work.config.watch.num_images):
+            with self.engine.autocast():
+                yield self.work.student.sample(eps, self.cond_of(seeds).to(self.engine.device)).cpu()
+
+    def _teacher(self) -> Iterator[Tensor]:
+        work = self.work
+        for eps, seeds in self._noise(DIVERSE):
+            cond = self.cond_of(seeds).to(self.engine.device)
+            with self.engine.autocast():
+                yield teacher_endpoint(work.view, eps, cond, work.t_max, TEACHER_STEPS).cpu()
+
+    def _noise(self, count: int) -> Iterator[tuple[Tensor, range]]:
+        for first in range(0, count, BATCH):
+            seeds = range(FIRST_SEED + first, FIRST_SEED + min(first + BATCH, count))
+            yield prior_noise(seeds, self.work.view.teacher.spec.sample_shape).to(self.engine.device), seeds
+
+
+def _variance(samples: Tensor) -> float:
+    """Variance of samples (n, c, h, w) about their mean, over all values: half of their mean squared distance."""
+    return float(samples.float().var(0).mean())

@@ -1,0 +1,197 @@
+"""Keeping the best student, warnings, and the ends of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bootcli.errors import UsageError
+from bootcli.pipelines import distill as pipeline
+from bootcli.pipelines.distill import distill
+from bootcli.pipelines.events import Finished, Scored, Stepped, Warned
+from bootcli.pipelines.scoring import Scorer
+from bootcli.pipelines.settings import resolve_config, resume_config
+from bootcli.store.rundir import RunDir
+from bootcli.trainer import StepReport, Trainer
+from bootcli.watch import COLLAPSED, NOISY, RISEN, Score, Watch
+
+
+def test_best_is_the_lowest_distance_and_the_first_of_equals() -> None:
+    watch = Watch()
+    assert watch.best is None
+    found = [watch.add(Score(step, fid, 1.0)) for step, fid in enumerate([5.0, 3.0, math.nan, 4.0, 3.0, 2.0])]
+    assert found == [True, True, False, False, False, True]
+    assert watch.best == Score(5, 2.0, 1.0)
+    assert Watch(watch.scores[:5]).best == Score(1, 3.0, 1.0)
+    assert Watch(watch.scores[:5]).since_best() == 3
+    unmeasured = Watch()
+    assert not unmeasured.add(Score(1, None, 1.0))
+    assert unmeasured.since_best() == 0
+
+
+def test_diversity_warns_once_an_episode() -> None:
+    watch = Watch()
+    low, high = COLLAPSED - 0.1, NOISY + 0.1
+    said = [watch.judge(diversity) for diversity in (1.0, low, low, 1.0, low, high, high)]
+    assert [text is not None for text in said] == [False, True, False, False, True, True, False]
+    assert "becoming alike" in str(said[1])
+    assert "noise" in str(said[5])
+
+
+def test_residual_warns_when_it_rises_far_above_its_lowest() -> None:
+    watch = Watch()
+    falling = [watch.follow(1.0 / (1 + step / 50)) for step in range(500)]
+    assert not any(falling)
+    assert watch.follow(0.5) is None, "one bad batch is none"
+    rising = [watch.follow(2.0) for _ in range(200)]
+    assert sum(text is not None for text in rising) == 1
+    assert f"{RISEN:.1f} times" in str(next(filter(None, rising)))
+    assert not any(watch.follow(0.05) for _ in range(500))
+    assert sum(watch.follow(2.0) is not None for _ in range(200)) == 1, "a new episode"
+
+
+@pytest.fixture
+def settings() -> dict[str, object]:
+    return {
+        "teacher": "fashion",
+        "steps": 6,
+        "batch_size": 8,
+        "device": "cpu",
+        "preview_every": 0,
+        "preview_teacher_steps": 2,
+        "checkpoint_every": 2,
+        "log_every": 1,
+        "watch.every": 2,
+        "watch.num_images": 128,
+        "correction.warmup": 1,
+        "kd.teacher_steps": 1,
+        "kd.buffer": 16,
+    }
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, *fids: float) -> None:
+    """The distances that the scores will find, by their number."""
+    honest, script = Scorer.score, {2 * (i + 1): fid for i, fid in enumerate(fids)}
+    monkeypatch.setattr(
+        Scorer, "score", lambda self, step: dataclasses.replace(honest(self, step), fid=script[step])
+    )  # fmt: skip
+
+
+def test_the_best_student_is_kept(settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, 9.0, 5.0, 7.0)
+    run = RunDir(tmp_path / "run")
+    weights: dict[int, torch.Tensor] = {}
+    events = []
+    honest = pipeline.Trainer._update
+
+    def update(self: Trainer, step: int) -> StepReport:
+        report = honest(self, step)
+        weights[step] = self.ema.weights["net.conv_in.weight"].clone()
+        return report
+
+    monkeypatch.setattr(pipeline.Trainer, "_update", update)
+    events = list(distill(resolve_config(settings, {}, {}), run.path))
+    assert [(e.score.step, e.is_best) for e in events if isinstance(e, Scored)] == [(2, True), (4, True), (6, False)]
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    assert finished.best is not None
+    assert (finished.best.step, finished.best.fid, finished.ended_by) == (4, 5.0, "steps")
+    assert torch.equal(load_file(run.student)["net.conv_in.weight"], weights[4])
+    assert not torch.equal(weights[4], weights[6])
+    assert [line["step"] for line in run.scores()] == [2, 4, 6]
+
+
+def test_best_survives_a_resume(settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, 5.0, 9.0, 7.0, 8.0)
+    run = tmp_path / "run"
+    list(distill(resolve_config(settings | {"steps": 4}, {}, {}), run))
+    kept = load_file(RunDir(run).student)
+    *_, finished = distill(resume_config(run, {"steps": 8}, {}, {}), run, resume=True)
+    assert isinstance(finished, Finished)
+    assert finished.best is not None
+    assert finished.best.step == 2
+    assert all(torch.equal(kept[name], tensor) for name, tensor in load_file(RunDir(run).student).items())
+
+
+def test_patience_ends_a_run(settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, 5.0, 6.0, 7.0)
+    *_, finished = distill(resolve_config(settings | {"steps": 100, "watch.patience": 2}, {}, {}), tmp_path / "run")
+    assert isinstance(finished, Finished)
+    assert (finished.steps, finished.ended_by) == (6, "patience")
+
+
+def test_a_real_score_sees_noise_and_collapse(settings: dict[str, object], tmp_path: Path) -> None:
+    """Untrained, the student of `fashion` draws nearly one picture: a warning, and a distance far above the teacher's."""
+    events = list(distill(resolve_config(settings | {"steps": 2}, {}, {}), tmp_path / "run"))
+    (scored,) = (e for e in events if isinstance(e, Scored))
+    assert scored.score.fid is not None
+    assert scored.score.fid > 50
+    assert scored.score.diversity < 0.3
+    assert any("becoming alike" in e.message for e in events if isinstance(e, Warned))
+
+
+def test_without_a_reference_only_diversity_is_watched(tiny_ddpm: Path, tmp_path: Path) -> None:
+    config = resolve_config(
+        {"teacher": str(tiny_ddpm), "steps": 2, "batch_size": 8, "preview_teacher_steps": 2}, {}, {}
+    )
+    events = list(distill(config, tmp_path / "run"))
+    (scored,) = (e for e in events if isinstance(e, Scored))
+    assert scored.score.fid is None
+    assert not scored.is_best
+    assert isinstance(events[-1], Finished)
+    assert events[-1].best is None
+    assert RunDir(tmp_path / "run").student.is_file()
+
+
+def test_no_watch_costs_nothing(tiny_ddpm: Path, tmp_path: Path) -> None:
+    settings = {"teacher": str(tiny_ddpm), "steps": 2, "batch_size": 8, "preview_teacher_steps": 2, "watch.every": 0}
+    events = list(distill(resolve_config(settings, {}, {}), tmp_path / "run"))
+    assert not any(isinstance(e, Scored) for e in events)
+    assert not RunDir(tmp_path / "run").scores_file.exists()
+
+
+def test_time_ends_a_run_and_more_of_it_goes_on(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training seconds count, also those before a resume; the learning rate decays to its end by whichever is first."""
+    honest = pipeline.Trainer._update
+
+    def update(self: Trainer, step: int) -> StepReport:
+        before, report = self.seconds, honest(self, step)
+        self.seconds = before + 30.0
+        return report
+
+    monkeypatch.setattr(pipeline.Trainer, "_update", update)
+    run, words = tmp_path / "run", settings | {"steps": 1000, "watch.every": 0, "optimizer.decay": "cosine"}
+    events = list(distill(resolve_config(words | {"max_minutes": 2.0, "optimizer.warmup_steps": 0}, {}, {}), run))
+    finished, rates = events[-1], [e.report.learning_rate for e in events if isinstance(e, Stepped)]
+    assert isinstance(finished, Finished)
+    assert (finished.steps, finished.ended_by) == (4, "max_minutes")
+    assert [rate / rates[0] for rate in rates] == pytest.approx([1.0, 0.854, 0.5, 0.146], abs=2e-3)
+    with pytest.raises(UsageError, match="cannot change max_minutes"):
+        resume_config(run, {"max_minutes": 1.0}, {}, {})
+    *_, finished = distill(resume_config(run, {"max_minutes": 3.0}, {}, {}), run, resume=True)
+    assert isinstance(finished, Finished)
+    assert finished.steps == 6
+
+
+def test_warnings_are_in_the_story(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Trainer.run
+
+    def rising(self: Trainer) -> Iterator[StepReport]:
+        for report in honest(self):
+            yield dataclasses.replace(report, residual=report.residual * 1000.0**report.step)
+
+    monkeypatch.setattr(pipeline.Trainer, "run", rising)
+    events = list(distill(resolve_config(settings | {"watch.every": 0}, {}, {}), tmp_path / "run"))
+    assert sum("leaving the teacher's paths" in e.message for e in events if isinstance(e, Warned)) == 1
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 6
