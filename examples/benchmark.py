@@ -299,9 +299,9 @@ def write_page(folder: Path) -> None:
         "# Results", "",
         "Written by `python examples/benchmark.py --page` from the cells in `results/`, one JSON file each.",
         "FID is in the teacher's own feature space and cannot be compared with Inception FID. Precision and recall are",
-        "those of Kynkäänniemi et al. 2019 (k = 3). The paired error is the mean square of the student's sample minus the",
-        "end of the teacher's own path from the same noise. Minutes are of training alone, on the machine named; ± is the",
-        "standard deviation over seeds.", "",
+        "those of Kynkäänniemi et al. 2019 (k = 3). The paired error is the mean square of the student's sample minus",
+        "the end of the teacher's own path from the same noise. Minutes are of training alone, on the machine named;",
+        "± is the standard deviation over seeds.", "",
     ]  # fmt: skip
     for teacher in sorted(path for path in folder.iterdir() if path.is_dir()):
         cells = read_cells(teacher)
