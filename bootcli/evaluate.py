@@ -1,4 +1,4 @@
-"""Frechet distances between image sets, computed by clean-fid in a named feature space.
+"""Features of image sets in a named feature space and Frechet distances between them, as clean-fid computes them.
 
 | code | paper (Heusel et al. 2017, arXiv 1706.08500) | shape |
 |---|---|---|
@@ -16,10 +16,8 @@ import contextlib
 import itertools
 import sys
 import warnings
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -34,21 +32,14 @@ from cleanfid.resize import build_resizer
 from platformdirs import user_cache_path
 from torch import Tensor, nn
 
-from bootcli.errors import BootError, UsageError
+from bootcli.errors import BootError
 from bootcli.store.files import atomic_folder
-from bootcli.store.tensors import read_tensors, write_tensors
-from bootcli.teachers.protocol import Teacher
 
 Array = npt.NDArray[np.float64]
 
 INCEPTION = ("inception-clean", "inception-legacy")
-FORMS = (
-    "PATH, a folder of images or a .safetensors file of statistics, is read in the teacher's own features; "
-    f"{' or '.join(f'{name}:PATH' for name in INCEPTION)}, which may be an .npz file (mu, sigma) too, in Inception's."
-)
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pgm", ".ppm", ".tif", ".tiff"})
 FOLDER_BATCH = 250
-_BROKEN_NPZ = (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class _Linalg:
@@ -87,25 +78,6 @@ class Statistics:
     mean: Array
     cov: Array
     num_images: int | None
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What image sets are compared with, and in which feature space.
-
-    Args:
-        feature_space: printed beside every number.
-        network: (b, c, h, w) float images in [0, 255] -> (b, d) features.
-        statistics: of the reference images.
-        source: what they are, one line.
-        floor: the distance of other real images to these, by their number; empty where unknown.
-    """
-
-    feature_space: str
-    network: nn.Module
-    statistics: Statistics
-    source: str
-    floor: Mapping[int, float] = field(default_factory=dict)
 
 
 class Inception(nn.Module):
@@ -155,21 +127,32 @@ def inception_file() -> Path:
     return path
 
 
-def statistics_of(batches: Iterable[Tensor], network: nn.Module, device: torch.device) -> Statistics:
-    """Fit a Gaussian to the features of at least two images.
+def features_of(batches: Iterable[Tensor], network: nn.Module, device: torch.device) -> Tensor:
+    """The features (n, d) of n images, on the CPU, in the precision of the network.
 
     Args:
         batches: uint8 images (b, c, h, w).
-        network: as in `Reference`, on ``device``.
+        network: float images in [0, 255] -> (b, d) features, on ``device``.
         device: where to compute.
 
     Raises `BootError` for features that are not finite.
     """
     rows = [fid.get_batch_features(batch.float(), network, device) for batch in batches]
-    features = np.concatenate(rows).astype(np.float64)
-    if not np.isfinite(features).all():
+    features = torch.from_numpy(np.concatenate(rows))
+    if not features.isfinite().all():
         raise BootError("The feature network returned values that are not finite.", "Look at some of the images.")
-    return Statistics(features.mean(0), np.atleast_2d(np.cov(features, rowvar=False)), len(features))
+    return features
+
+
+def gaussian_fit(features: Tensor) -> Statistics:
+    """Mean and covariance of at least two features, shape (n, d), in float64."""
+    rows = features.double().numpy()
+    return Statistics(rows.mean(0), np.atleast_2d(np.cov(rows, rowvar=False)), len(rows))
+
+
+def statistics_of(batches: Iterable[Tensor], network: nn.Module, device: torch.device) -> Statistics:
+    """`gaussian_fit` of `features_of` at least two images."""
+    return gaussian_fit(features_of(batches, network, device))
 
 
 def frechet(a: Statistics, b: Statistics) -> float:
@@ -216,83 +199,3 @@ def _read_image(dataset: Any, i: int, shape: torch.Size | None) -> Tensor:
     if shape[0] == 1 and not (image == image[:1]).all():
         raise BootError(f"{path} is in colour, the teacher's images are grey.", "Convert the reference images first.")
     return image[: shape[0]]
-
-
-def reference_for(teacher: Teacher, reference: str | None, device: torch.device) -> Reference:
-    """What a user's ``--reference`` means (see `FORMS`); None is the statistics that come with the teacher.
-
-    Args:
-        teacher: on ``device``.
-        reference: ``[inception-clean:|inception-legacy:]PATH`` or None.
-        device: where the feature network goes.
-
-    Raises `UsageError` for a form that means nothing, `BootError` for a broken file or another feature space.
-    """
-    own = teacher.feature_space()
-    if reference is None:
-        if own is None:
-            raise UsageError("This teacher brings no reference statistics: name some with --reference.", FORMS)
-        statistics = Statistics(own.mean.double().cpu().numpy(), own.cov.double().cpu().numpy(), own.num_images)
-        return Reference(own.name, own.network.eval().to(device), statistics, own.source, own.floor)
-    prefix, _, rest = reference.partition(":")
-    inception = prefix in INCEPTION
-    path = Path(rest if inception else reference).expanduser()
-    if not path.exists():
-        raise UsageError(f"--reference {reference}: {path} does not exist.", FORMS)
-    if own is None and not inception:
-        raise UsageError(f"--reference {reference}: this teacher has no feature network of its own.", FORMS)
-    space, dimensions = (prefix, 2048) if inception or own is None else (own.name, len(own.mean))
-    known = None if path.is_dir() else _read_statistics(path, space, dimensions)  # before a large network is loaded
-    network = (Inception(space) if inception or own is None else own.network).eval().to(device)
-    if known is None:
-        images = folder_images(path, None if inception else _image_shape(teacher, device))
-        known = statistics_of(images, network, device)
-    return Reference(space, network, known, str(path))
-
-
-def write_reference(path: Path, reference: Reference) -> None:
-    """Keep statistics for later use as ``--reference``, labelled with their feature space."""
-    statistics = reference.statistics
-    tensors = {"mean": torch.from_numpy(statistics.mean), "cov": torch.from_numpy(statistics.cov)}
-    facts = {"feature_space": reference.feature_space, "num_images": statistics.num_images, "source": reference.source}
-    write_tensors(path, tensors, facts)
-
-
-def _read_statistics(path: Path, space: str, dimensions: int) -> Statistics:
-    """A .safetensors file of `write_reference`, or an .npz file of clean-fid's kind; neither can run code."""
-    if path.suffix == ".npz" and space in INCEPTION:
-        mean, cov, count = *_read_npz(path), None
-    elif path.suffix == ".safetensors":
-        mean, cov, count = _read_stored(path, space)
-    else:
-        raise UsageError(f"--reference {path}: not a reference in {space} features.", FORMS)
-    if mean.shape != (dimensions,) or cov.shape != (dimensions, dimensions):
-        raise BootError(f"{path}: the statistics have shapes {mean.shape} and {cov.shape}, not d = {dimensions}.")
-    if not (np.isfinite(mean).all() and np.isfinite(cov).all() and np.allclose(cov, cov.T)):
-        raise BootError(f"{path}: the covariance is not finite and symmetric.", "Get a fresh copy.")
-    return Statistics(mean, cov, count)
-
-
-def _read_stored(path: Path, space: str) -> tuple[Array, Array, int | None]:
-    tensors, facts = read_tensors(path)
-    if facts.get("feature_space") != space:
-        raise BootError(f"{path} holds {facts.get('feature_space')} features, not {space} features.", FORMS)
-    count = facts.get("num_images")
-    try:
-        mean, cov = (tensors[name].double().numpy() for name in ("mean", "cov"))
-    except KeyError as error:
-        raise BootError(f"{path} holds no {error}.", "Make the statistics again.") from error
-    return mean, cov, count if isinstance(count, int) else None
-
-
-def _read_npz(path: Path) -> tuple[Array, Array]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
-    except (*_BROKEN_NPZ, MemoryError) as error:  # memory: a header may claim any size
-        raise BootError(f"{path} is not a file of statistics (mu, sigma): {error}.", "Get a fresh copy.") from error
-
-
-def _image_shape(teacher: Teacher, device: torch.device) -> torch.Size:
-    with torch.no_grad():
-        return teacher.decode(torch.zeros(1, *teacher.spec.sample_shape, device=device)).shape[1:]

@@ -90,6 +90,28 @@ def teacher_images(
         yield to_uint8(view.teacher.decode(z))[: len(batch)].cpu()
 
 
+@torch.no_grad()
+def paired_errors(
+    student: Student,
+    view: TeacherView,
+    t_max: float,
+    steps: int,
+    cond_of: CondOf,
+    seeds: Sequence[int],
+    batch_size: int,
+    engine: Engine,
+) -> Iterator[Tensor]:
+    """Mean squared errors between the student's y(eps, t_min, c) and the end of the teacher's path from the same noise
+    (`teacher_endpoint`): one number per seed, in sample space, as batches (b,) on the CPU, float64."""
+    for batch in _batches(seeds, batch_size):
+        rows = _pair(batch)
+        eps = prior_noise(rows, student.teacher.spec.sample_shape).to(engine.device)
+        cond = cond_of(rows).to(engine.device)
+        with engine.autocast():
+            error = student.sample(eps, cond) - teacher_endpoint(view, eps, cond, t_max, steps)
+        yield error.square().flatten(1).mean(1)[: len(batch)].cpu().double()
+
+
 def reference_times(view: TeacherView, steps: int) -> Tensor:
     """The times of the reference sampler. Raises `UsageError` for more steps than the teacher has timesteps."""
     times = view.schedule.grid(steps)

@@ -155,6 +155,9 @@ def feature_space_fits(probe: Probe) -> None:
     need(space.mean.shape == (d,) and space.cov.shape == (d, d), f"mean and cov do not fit {d} features.")
     need(space.mean.dtype == space.cov.dtype == torch.float64, "mean and cov are not float64.")
     need(finite(space.mean, space.cov) and torch.allclose(space.cov, space.cov.T), "cov is not finite and symmetric.")
+    if space.features is not None:
+        fits = space.features.ndim == 2 and space.features.shape[1] == d and space.features.is_floating_point()
+        need(fits and finite(space.features), f"the reference features are not (n, {d}) finite numbers.")
     need(space.num_images > 1, "num_images is not the number of reference images.")
     need(space.name and "inception" not in space.name.lower(), "a feature space of your own is not 'inception'.")
 

@@ -4,6 +4,15 @@
 
 The training images' statistics become the Frechet reference; the 10,000 test images, which neither the teacher nor this
 network trained on, give the floor: the distance that a perfect model would still show.
+
+The features of 10,000 single images are what precision and recall compare with. They are training images, drawn at
+random, for three reasons: the teacher learned their distribution; it is the set of the Frechet reference, so that all
+numbers speak of one thing; and the test images stay free to show what real images score that no network has seen. The
+feature network trained on them too, but that does not show: test images score what other training images score.
+
+    PYTHONPATH=plugins python examples/train_fashion_features.py --output FOLDER --manifold-only
+
+writes these features alone, for the network that is in the folder.
 """
 
 from __future__ import annotations
@@ -15,10 +24,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bootcli_ddpm.features import CONFIG, REFERENCE, WEIGHTS, FeatureNetwork, sha256
+from bootcli_ddpm.features import (
+    CONFIG,
+    MANIFOLD,
+    REFERENCE,
+    WEIGHTS,
+    FeatureNetwork,
+    load_feature_network,
+    save_manifold,
+    sha256,
+)
 from fashion_data import DEFAULT_DATA, load_fashion
 from safetensors.torch import save_file
 from torch import Tensor
+
+from bootcli.manifold import MOST_ROWS, manifold_of, precision_recall, some_rows
 
 ARCHITECTURE: dict[str, object] = {"channels": [32, 64, 64], "features": 64, "classes": 10, "size": 16}
 
@@ -61,6 +81,17 @@ def accuracy(network: FeatureNetwork, images: Tensor, labels: Tensor) -> float:
     return float((predicted == labels).double().mean())
 
 
+def write_manifold(folder: Path, network: FeatureNetwork, images: Tensor, test_images: Tensor) -> None:
+    """Keep features of `MOST_ROWS` of the training images (n, 1, 16, 16) and print how other real images score."""
+    features = extract(network, images)
+    save_manifold(folder, some_rows(features, MOST_ROWS))
+    (folder / MANIFOLD).chmod(0o644)  # safetensors writes 0600
+    kept, rest = some_rows(features, 2 * MOST_ROWS).split(MOST_ROWS)
+    for name, others in (("test images", extract(network, test_images)), ("other training images", rest)):
+        quality = precision_recall(manifold_of(kept), manifold_of(others))
+        print(f"{len(others):,} {name}: precision {quality.precision:.3f}, recall {quality.recall:.3f}")
+
+
 def parse_args() -> argparse.Namespace:
     """Command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,6 +102,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of the one-cycle schedule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--manifold-only", action="store_true", help=f"only write {MANIFOLD}, for the network there")
     return parser.parse_args()
 
 
@@ -82,6 +114,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed)
     images, labels = load_fashion(args.data, "train")
     test_images, test_labels = load_fashion(args.data, "t10k")
+    if args.manifold_only:
+        write_manifold(args.output, load_feature_network(args.output), images, test_images)
+        return
 
     network = FeatureNetwork(**ARCHITECTURE)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=1e-2)
@@ -124,6 +159,7 @@ def main() -> None:
     scratch = args.output / f".{CONFIG}"
     scratch.write_text(json.dumps(config, indent=2) + "\n")
     scratch.replace(args.output / CONFIG)
+    write_manifold(args.output, network, images, test_images)
     for name in (CONFIG, WEIGHTS, REFERENCE):
         (args.output / name).chmod(0o644)  # safetensors writes 0600
     print(json.dumps(config, indent=2))

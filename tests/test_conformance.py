@@ -271,6 +271,12 @@ CASES: Mapping[str, Case] = {
         "feature_space_fits", lambda: answering("feature_space", features(mean=torch.zeros(4).double()))
     ),
     "single statistics": Case("feature_space_fits", lambda: answering("feature_space", features(cov=torch.eye(5)))),
+    "reference features do not fit": Case(
+        "feature_space_fits", lambda: answering("feature_space", features(features=torch.zeros(9, 4)))
+    ),
+    "reference features are not finite": Case(
+        "feature_space_fits", lambda: answering("feature_space", features(features=torch.full((9, 5), torch.nan)))
+    ),
     "called inception": Case("feature_space_fits", lambda: answering("feature_space", features(name="Inception-v3"))),
     "matches everything": Case("family_refuses_junk", mixture, family(matches=lambda path: True)),
     "matches by name": Case("family_refuses_junk", mixture, family(matches=lambda path: path.suffix == ".json")),
@@ -293,6 +299,7 @@ def test_every_clause_has_a_breach() -> None:
 
 def test_good_feature_space_passes() -> None:
     check_teacher(answering("feature_space", features()))
+    check_teacher(answering("feature_space", features(features=torch.zeros(9, 5).half())))
 
 
 def test_good_exporter_passes() -> None:

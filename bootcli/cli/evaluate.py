@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -12,9 +12,16 @@ from bootcli.cli.common import find_run, integers, print_json
 from bootcli.cli.options import BatchSizeOption, DeviceOption, JsonOption, RunArgument, SeedOption, examples
 from bootcli.errors import BootError, UsageError
 
-EXAMPLES = examples("bootcli evaluate", "bootcli evaluate runs/mine --num-images 1000 --teacher-steps 4,50 --json")
+EXAMPLES = examples("bootcli evaluate", "bootcli evaluate runs/mine --metric fid --metric pr -n 10000 --json")
 
-MetricOption = Annotated[Literal["fid"], typer.Option(help="What to measure.")]
+MetricOption = Annotated[
+    list[str] | None,  # Typer takes no list of literals
+    typer.Option(
+        metavar="fid|pr|paired",
+        help="Frechet distance, precision and recall, or error to the teacher's own pictures; may be repeated.",
+        show_default="fid",
+    ),
+]
 CountOption = Annotated[int, typer.Option("--num-images", "-n", metavar="N", min=2, help="Images for each number.")]
 RepeatsOption = Annotated[int, typer.Option(metavar="K", min=1, help="Repetitions, each with seeds of its own.")]
 ReferenceOption = Annotated[
@@ -27,17 +34,24 @@ ReferenceOption = Annotated[
 ]
 SaveReferenceOption = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Keep the reference's statistics (.safetensors) as a later --reference."),
+    typer.Option(metavar="FILE", help="Keep statistics and features (.safetensors) as a later --reference."),
 ]
 TeacherStepsOption = Annotated[
     str, typer.Option(metavar="4,10,50", help="Steps of the teacher beside the student; '' for none.")
 ]
 MaxOption = Annotated[float | None, typer.Option(metavar="X", help="Fail (exit 1) if the student's FID is above X.")]
 
+COLUMNS = {
+    "fid": [("fid", "FID in {space}", 2)],
+    "pr": [("precision", "precision", 3), ("recall", "recall", 3)],
+    "paired": [("paired_mse", "squared error to the teacher", 4)],
+}
+"""For each metric the numbers of a row: key, title, decimals."""
+
 
 def evaluate(
     run: RunArgument = None,
-    metric: MetricOption = "fid",
+    metric: MetricOption = None,
     num_images: CountOption = 5000,
     seed: SeedOption = 0,
     repeats: RepeatsOption = 1,
@@ -53,6 +67,11 @@ def evaluate(
     steps = integers(teacher_steps or None, "--teacher-steps") or ()
     if any(count < 1 for count in steps):
         raise UsageError(f"--teacher-steps {teacher_steps}: a sampler takes at least 1 step.")
+    metrics = tuple(metric or ("fid",))
+    if unknown := [name for name in metrics if name not in COLUMNS]:
+        raise UsageError(f"--metric {unknown[0]}: there is no such metric.", f"There are: {', '.join(COLUMNS)}")
+    if max_fid is not None and "fid" not in metrics:
+        raise UsageError("--max-fid needs the FID.", "Add --metric fid.")
     run = find_run(run)
     from bootcli import ui
     from bootcli.pipelines.evaluate import evaluate as measure
@@ -60,7 +79,7 @@ def evaluate(
     with ui.counter() as count:
         result = measure(
             run,
-            metric=metric,
+            metrics=metrics,
             num_images=num_images,
             seed=seed,
             repeats=repeats,
@@ -78,31 +97,39 @@ def evaluate(
 def _print_table(result: Mapping[str, Any]) -> None:
     from bootcli import ui
 
-    reference = result["reference"]
+    reference = result["reference"] or {}
+    columns = [column for metric in result["metrics"] for column in COLUMNS[metric]]
     rows: list[tuple[str, Mapping[str, Any]]] = [("student", result["student"])]
     rows += [(f"teacher, {row['steps']} steps", row) for row in result["teacher"]]
-    if floor := reference.get("floor"):
+    if (floor := reference.get("floor")) and "fid" in result["metrics"]:
         rows.append((f"{floor['num_images']:,} real images, held out", {"nfe": "", "fid": floor["fid"]}))
     ui.print_table(
-        ("images of", "network calls", f"FID in {result['feature_space']}"),
-        [(name, str(row["nfe"]), _number(row)) for name, row in rows],
+        ("images of", "network calls", *(title.format(space=result["feature_space"]) for _, title, _ in columns)),
+        [(label, str(row["nfe"]), *(_number(row, name, digits) for name, _, digits in columns)) for label, row in rows],
     )
-    ui.print_facts(
-        {
-            "reference": f"{reference['source']}, {reference['num_images']} images",
-            "sampler": ", ".join(f"{name} {value}" for name, value in result["sampler"].items()),
-            "images": f"{result['num_images']} for each number, {result['repeats']} times, seeds from {result['seed']}",
-            "notes": "\n".join(result["notes"]),
-        }
-    )
+    ui.print_facts(_facts(result))
 
 
-def _number(row: Mapping[str, Any]) -> str:
-    spread = f" ± {row['fid_std']:.2f}" if row.get("fid_std") is not None else ""
-    return f"{row['fid']:.2f}{spread}"
+def _facts(result: Mapping[str, Any]) -> dict[str, str]:
+    described = {}
+    if reference := result["reference"]:
+        described["reference"] = f"{reference['source']}, {reference['num_images']} images"
+        described["features"] = result["feature_space"]
+    return {
+        **described,
+        "sampler": ", ".join(f"{name} {value}" for name, value in result["sampler"].items()),
+        "images": f"{result['num_images']} for each number, {result['repeats']} times, seeds from {result['seed']}",
+        "notes": "\n".join(result["notes"]),
+    }
+
+
+def _number(row: Mapping[str, Any], name: str, digits: int) -> str:
+    if name not in row:
+        return ""
+    spread = f" ± {row[f'{name}_std']:.{digits}f}" if row.get(f"{name}_std") is not None else ""
+    return f"{row[name]:.{digits}f}{spread}"
 
 
 def _gate(result: Mapping[str, Any], limit: float | None) -> None:
-    fid = result["student"]["fid"]
-    if limit is not None and not fid <= limit:  # also where it is NaN
+    if limit is not None and not (fid := result["student"]["fid"]) <= limit:  # also where it is NaN
         raise BootError(f"The student's FID {fid:.4g} is above --max-fid {limit:g}.")

@@ -1,41 +1,34 @@
-"""`bootcli evaluate`: a number for the student, the same number for its teacher at a few step counts."""
+"""`bootcli evaluate`: numbers for the student, and the same numbers for its teacher at a few step counts."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 
-import torch
-from torch import Tensor
-
-from bootcli.config import Device
+from bootcli.config import Device, DistillConfig
 from bootcli.engine import Engine
-from bootcli.errors import UsageError
-from bootcli.evaluate import INCEPTION, Reference, frechet, reference_for, statistics_of, write_reference
-from bootcli.pipelines.setup import condition_of, teacher_view
-from bootcli.sampler import CondOf, reference_times, student_images, teacher_images
+from bootcli.errors import BootError, UsageError
+from bootcli.evaluate import INCEPTION
+from bootcli.manifold import MOST_ROWS, NEIGHBOURS, Manifold, manifold_of, some_rows
+from bootcli.pipelines.bench import PAIRED_STEPS, Bench, Progress
+from bootcli.pipelines.setup import condition_of, start_time, teacher_view
+from bootcli.reference import Reference, reference_for, write_reference
+from bootcli.sampler import reference_times
 from bootcli.store.artifact import load_student
 from bootcli.store.files import write_json
 from bootcli.store.rundir import RunDir
 from bootcli.teachers.registry import load
 from bootcli.teachers.view import TeacherView
 
-METRICS = ("fid",)
-
-Progress = Callable[[str, int, int], None]
-"""(what is sampled, images done, images in all)."""
-
-Sample = Callable[[CondOf, range], Iterator[Tensor]]
-"""Draws the images of some seeds."""
+METRICS = ("fid", "pr", "paired")
+"""Frechet distance and precision and recall, both to a reference; squared error to the teacher from the same noise."""
 
 
 def evaluate(
     run: Path,
     *,
-    metric: str = "fid",
+    metrics: Sequence[str] = ("fid",),
     num_images: int = 5000,
     seed: int = 0,
     repeats: int = 1,
@@ -53,15 +46,15 @@ def evaluate(
 
     Args:
         run: a run folder or a student file.
-        metric: one of `METRICS`.
-        num_images: images of each repeat.
+        metrics: some of `METRICS`; the order is theirs.
+        num_images: images of each repeat; drawn once for all metrics of a set of images.
         seed: of the first image.
         repeats: how often to draw anew; the mean is reported beside every number.
-        reference: see `bootcli.evaluate.reference_for`.
+        reference: see `bootcli.reference.reference_for`; "paired" alone needs none.
         teacher_steps: numbers of steps of the reference sampler to measure the teacher at.
         batch_size: images drawn at a time; changes the result by rounding at most.
         device: where to compute.
-        save_reference: a .safetensors file to keep the reference's statistics in, for later use as ``reference``.
+        save_reference: a .safetensors file to keep the reference in, for later use as ``reference``.
         progress: called after each batch.
 
     Returns:
@@ -70,38 +63,42 @@ def evaluate(
 
     Raises `UsageError` for impossible arguments, `BootError` for broken files.
     """
-    _check(metric, num_images, repeats, teacher_steps, batch_size)
-    if save_reference is not None and save_reference.suffix != ".safetensors":
-        raise UsageError(f"{save_reference}: statistics are kept in a .safetensors file.", "Change the file's ending.")
+    wanted = _wanted(metrics)
+    _check(num_images, repeats, teacher_steps, batch_size)
+    _check_reference(wanted, num_images, reference, save_reference)
     began = time.perf_counter()
     artifact = load_student(run)
     config, engine = artifact.config, Engine(device, "no")
     teacher = load(config.teacher).teacher
     view = teacher_view(teacher, config, engine)
-    against = reference_for(teacher, reference, engine.device)
-    if save_reference is not None:
-        write_reference(save_reference, against)
     for steps in teacher_steps:
         reference_times(view, steps)  # an impossible number is refused before any image is drawn
-    student = artifact.student.to(engine.device)
-    seeds = [range(seed + k * num_images, seed + (k + 1) * num_images) for k in range(repeats)]
-    bench = _Bench(against, condition_of(teacher, config), seeds, engine.device, progress)
-
-    def by_student(cond_of: CondOf, seeds: range) -> Iterator[Tensor]:
-        return student_images(student, cond_of, seeds, batch_size, engine)
-
-    def by_teacher(steps: int) -> Sample:
-        return lambda cond_of, seeds: teacher_images(view, steps, cond_of, seeds, batch_size, engine)
-
-    calls = 1 if view.guidance_scale == 1.0 else 2
+    t_max = _path_start(view, config) if "paired" in wanted else None
+    against = None
+    if wanted != ("paired",):
+        against = reference_for(teacher, reference, engine.device, with_features="pr" in wanted)
+        if save_reference is not None:
+            write_reference(save_reference, against)
+    bench = Bench(
+        student=artifact.student.to(engine.device),
+        view=view,
+        cond_of=condition_of(teacher, config),
+        repeats=[range(seed + k * num_images, seed + (k + 1) * num_images) for k in range(repeats)],
+        batch_size=batch_size,
+        engine=engine,
+        reference=against,
+        fid="fid" in wanted,
+        manifold=_manifold(against, num_images) if against is not None and "pr" in wanted else None,
+        t_max=t_max,
+        progress=progress,
+    )
     result: dict[str, object] = {
-        "metric": metric,
-        "feature_space": against.feature_space,
-        "student": {"nfe": 1, **bench.measure("student", by_student)},
-        "teacher": [
-            {"steps": n, "nfe": n * calls, **bench.measure(f"teacher, {n} steps", by_teacher(n))} for n in teacher_steps
-        ],
-        "reference": _facts(against, num_images),
+        "metrics": list(wanted),
+        "feature_space": None if against is None else against.feature_space,
+        "student": bench.of_student(),
+        "teacher": [] if against is None else [bench.of_teacher(steps) for steps in teacher_steps],
+        "reference": None if against is None else _facts(against, num_images),
+        **bench.facts(),
         "sampler": _sampler(view),
         "num_images": num_images,
         "seed": seed,
@@ -109,47 +106,53 @@ def evaluate(
         "run": str(run),
         "training_steps": artifact.step,
         "seconds": round(time.perf_counter() - began, 2),
-        "notes": _notes(against, num_images, repeats),
+        "notes": _notes(bench, num_images),
     }
     if run.is_dir():
-        write_json(RunDir(run).evaluations / f"{metric}-{time.strftime('%Y%m%d-%H%M%S')}.json", result)
+        write_json(RunDir(run).evaluations / f"{'-'.join(wanted)}-{time.strftime('%Y%m%d-%H%M%S')}.json", result)
     return result
 
 
-@dataclass(frozen=True)
-class _Bench:
-    """What every sampler is measured on."""
-
-    reference: Reference
-    cond_of: CondOf
-    repeats: Sequence[range]
-    device: torch.device
-    progress: Progress | None
-
-    def measure(self, label: str, sample: Sample) -> dict[str, object]:
-        """The distance of each repeat, their mean and their standard deviation."""
-        fids = [self._fid(label, sample, seeds) for seeds in self.repeats]
-        return {"fid": fmean(fids), "fid_std": stdev(fids) if len(fids) > 1 else None, "fid_repeats": fids}
-
-    def _fid(self, label: str, sample: Sample, seeds: range) -> float:
-        batches = self._reported(label, sample(self.cond_of, seeds), seeds.start - self.repeats[0].start)
-        return frechet(statistics_of(batches, self.reference.network, self.device), self.reference.statistics)
-
-    def _reported(self, label: str, batches: Iterator[Tensor], done: int) -> Iterator[Tensor]:
-        for batch in batches:
-            yield batch
-            done += len(batch)  # after its features are taken
-            if self.progress is not None:
-                self.progress(label, done, sum(map(len, self.repeats)))
+def _wanted(metrics: Sequence[str]) -> tuple[str, ...]:
+    """Each metric once, in the order of `METRICS`."""
+    unknown = sorted(set(metrics) - set(METRICS))
+    if unknown or not metrics:
+        raise UsageError(f"Unknown metric {', '.join(unknown)!r}.", f"There are: {', '.join(METRICS)}")
+    return tuple(name for name in METRICS if name in metrics)
 
 
-def _check(metric: str, num_images: int, repeats: int, teacher_steps: Sequence[int], batch_size: int) -> None:
-    if metric not in METRICS:
-        raise UsageError(f"Unknown metric {metric!r}.", f"There is: {', '.join(METRICS)}")
+def _check(num_images: int, repeats: int, teacher_steps: Sequence[int], batch_size: int) -> None:
     if num_images < 2:
         raise UsageError(f"--num-images {num_images}: statistics need at least 2 images.")
     if repeats < 1 or batch_size < 1 or any(steps < 1 for steps in teacher_steps):
         raise UsageError("Repeats, batch size and teacher steps must be at least 1.")
+
+
+def _check_reference(
+    metrics: tuple[str, ...], num_images: int, reference: str | None, save_reference: Path | None
+) -> None:
+    if metrics == ("paired",) and (reference is not None or save_reference is not None):
+        raise UsageError("--metric paired compares with the teacher alone: no reference is read.", "Add --metric fid.")
+    if save_reference is not None and save_reference.suffix != ".safetensors":
+        raise UsageError(f"{save_reference}: statistics are kept in a .safetensors file.", "Change the file's ending.")
+    if "pr" in metrics and num_images <= NEIGHBOURS:
+        raise UsageError(f"--num-images {num_images}: precision and recall need more than {NEIGHBOURS} images.")
+
+
+def _manifold(reference: Reference, num_images: int) -> Manifold:
+    """Of as many features as both sets have, `MOST_ROWS` at most. Raises `BootError` for too few."""
+    features = reference.features
+    if features is None or len(features) <= NEIGHBOURS:
+        raise BootError(f"{reference.source}: precision and recall need more than {NEIGHBOURS} images.")
+    return manifold_of(some_rows(features, min(num_images, MOST_ROWS)))
+
+
+def _path_start(view: TeacherView, config: DistillConfig) -> float:
+    try:
+        reference_times(view, PAIRED_STEPS)
+    except UsageError as error:
+        raise UsageError(f"--metric paired: {error.message}", "Leave this metric out.") from error
+    return start_time(view.teacher, config)
 
 
 def _facts(reference: Reference, num_images: int) -> dict[str, object]:
@@ -176,8 +179,24 @@ def _sampler(view: TeacherView) -> dict[str, object]:
     }
 
 
-def _notes(reference: Reference, num_images: int, repeats: int) -> list[str]:
+def _notes(bench: Bench, num_images: int) -> list[str]:
     """What a reader has to know to use the numbers."""
+    notes = []
+    if bench.fid and bench.reference is not None:
+        notes += _distance_notes(bench.reference, num_images)
+    if bench.manifold is not None:
+        notes.append(
+            f"Precision and recall: k = {NEIGHBOURS}, {len(bench.manifold.centres)} images of each set; not comparable "
+            "with numbers of other features or of another count."
+        )
+    if bench.t_max is not None:
+        notes.append(f"The paired error is to the teacher's {PAIRED_STEPS} steps from the same noise, before decoding.")
+    if len(bench.repeats) == 1:
+        notes.append("The numbers move with the seeds and the number of images: --repeats 3 shows by how much.")
+    return notes
+
+
+def _distance_notes(reference: Reference, num_images: int) -> list[str]:
     dimensions = len(reference.statistics.mean)
     notes = []
     if reference.feature_space not in INCEPTION:
@@ -185,6 +204,4 @@ def _notes(reference: Reference, num_images: int, repeats: int) -> list[str]:
     for whose, count in (("the student and teacher", num_images), ("the reference", reference.statistics.num_images)):
         if count is not None and count <= dimensions:
             notes.append(f"{count} images of {whose} are too few: {dimensions} features need more than {dimensions}.")
-    if repeats == 1:
-        notes.append("The distance moves with the seeds and the number of images: --repeats 3 shows by how much.")
     return notes

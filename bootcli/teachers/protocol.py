@@ -76,6 +76,8 @@ class FeatureSpace:
         num_images: how many reference images.
         source: what they are, one line.
         floor: the distance of real held-out images to the reference, by their number; empty where unknown.
+        features: (n, d) of n reference images, drawn at random if not all; None where only mean and cov are known.
+            Precision and recall need them, and take at most 10,000.
     """
 
     name: str
@@ -85,6 +87,7 @@ class FeatureSpace:
     num_images: int
     source: str
     floor: Mapping[int, float] = field(default_factory=dict)
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)

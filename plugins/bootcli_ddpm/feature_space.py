@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from bootcli.plugin import BootError, FeatureSpace
-from bootcli_ddpm.features import CONFIG, load_feature_network, load_reference
+from bootcli_ddpm.features import CONFIG, load_feature_network, load_manifold, load_reference
 from bootcli_ddpm.layout import read_json
 
 
@@ -27,6 +27,7 @@ def load_feature_space(folder: Path) -> FeatureSpace:
             num_images=count,
             source=str(config.get("source", f"{count:,} training images of the teacher")),
             floor={int(images): float(distance) for images, distance in config.get("floor", {}).items()},
+            features=load_manifold(folder),
         )
     except (OSError, SafetensorError, RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise BootError(

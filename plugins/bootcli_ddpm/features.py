@@ -1,8 +1,9 @@
 """The feature network of the embedded `fashion` teacher, for a Frechet distance that needs no download.
 
-A folder holds three files: `config.json` (architecture, name, test accuracy, floor), `model.safetensors` (weights) and
-`reference.safetensors` (feature mean and covariance of the training images). The network is a small classifier of
-Fashion-MNIST at 16x16; its distances are on its own scale and are not comparable to Inception's FID.
+A folder holds `config.json` (architecture, name, test accuracy, floor), `model.safetensors` (weights),
+`reference.safetensors` (feature mean and covariance of the training images) and perhaps `manifold.safetensors` (the
+features of some of them, one by one, for precision and recall). The network is a small classifier of Fashion-MNIST at
+16x16; its distances are on its own scale and are not comparable to Inception's FID.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 CONFIG, WEIGHTS, REFERENCE = "config.json", "model.safetensors", "reference.safetensors"
+MANIFOLD = "manifold.safetensors"
 
 
 class FeatureNetwork(nn.Module):
@@ -82,3 +85,23 @@ def load_reference(folder: Path) -> tuple[Tensor, Tensor]:
     """Load the reference statistics of `folder`: float64 mean (features,) and covariance (features, features)."""
     tensors = load_file(folder / REFERENCE)
     return tensors["mean"].to(torch.float64), tensors["cov"].to(torch.float64)
+
+
+def save_manifold(folder: Path, features: Tensor) -> None:
+    """Keep features (n, d) of single reference images in float16, bound to the network of `folder` by its digest."""
+    save_file({"features": features.half().contiguous()}, folder / MANIFOLD, {"network": sha256(folder / WEIGHTS)})
+
+
+def load_manifold(folder: Path) -> Tensor | None:
+    """Load what `save_manifold` wrote: features (n, d) in float16; None if the folder has none.
+
+    Raises:
+        ValueError: the features are those of another network.
+    """
+    if not (folder / MANIFOLD).is_file():
+        return None
+    with safe_open(folder / MANIFOLD, framework="pt") as file:
+        if (file.metadata() or {}).get("network") != sha256(folder / WEIGHTS):
+            raise ValueError(f"{folder / MANIFOLD} holds features of another network than {WEIGHTS}")
+        features: Tensor = file.get_tensor("features")
+    return features

@@ -19,6 +19,8 @@ from bootcli import __version__
 from bootcli import config as settings
 from bootcli.cli import app, options
 from bootcli.cli import distill as command
+from bootcli.cli.evaluate import COLUMNS, evaluate
+from bootcli.pipelines.evaluate import METRICS
 
 from .conftest import Cli, environment, processor_seconds
 from .do_nothing import source
@@ -71,6 +73,12 @@ def test_choices_and_defaults_are_those_of_the_configuration() -> None:
     for name in set(fields) & set(hints):
         shown = typing.get_args(hints[name])[1].show_default
         assert fields[name] is None or shown in (str(fields[name]), options.recipe(fields[name])), name
+
+
+def test_metrics_are_those_of_the_pipeline() -> None:
+    assert tuple(COLUMNS) == METRICS
+    metric = typing.get_type_hints(evaluate, include_extras=True)["metric"]
+    assert typing.get_args(metric)[1].metavar == "|".join(METRICS)
 
 
 def test_every_flag_is_a_setting() -> None:

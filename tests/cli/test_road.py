@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from .conftest import Cli, Done, environment
 
@@ -64,6 +66,49 @@ def test_evaluate_prints_a_table(home: Path, inside: Inside) -> None:
     assert done.returncode == 0, done.stderr
     assert "student" in done.stdout
     assert "not comparable with Inception FID" in done.stdout
+
+
+def test_evaluate_measures_all_it_is_asked_for(home: Path, inside: Inside) -> None:
+    words = ["evaluate", "--metric", "paired", "--metric", "pr", "-n", "6", "--teacher-steps", "2"]
+    done = inside(*words, "--json", cwd=home)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["metrics"] == ["pr", "paired"]
+    assert result["student"].keys() >= {"precision", "recall", "paired_mse"}
+    assert result["teacher"][0].keys() >= {"precision", "recall"}
+    assert "paired_mse" not in result["teacher"][0]
+    assert "fid" not in result["student"]
+    assert result["manifold"] == {"images": 6, "neighbours": 3}
+    assert list(home.glob("runs/*/evaluations/pr-paired-2*.json"))
+
+
+def test_evaluate_shows_the_columns_that_were_asked_for(home: Path, inside: Inside) -> None:
+    words = ["evaluate", "-n", "70", "--teacher-steps", "1", "--repeats", "2"]
+    done = inside(*words, "--metric", "fid", "--metric", "pr", cwd=home)
+    assert done.returncode == 0, done.stderr
+    title, student = (
+        next(line for line in done.stdout.splitlines() if word in line) for word in ("images of", "student")
+    )
+    for word in ("FID in fashion-cnn-64", "precision", "recall"):
+        assert word in title
+    assert "squared error" not in title
+    assert student.count("±") == 3
+    alone = inside("evaluate", "-n", "2", "--metric", "paired", cwd=home)
+    assert alone.returncode == 0, alone.stderr
+    assert "squared error to the teacher" in alone.stdout
+    assert "FID" not in alone.stdout
+    assert "precision" not in alone.stdout.replace("precision float32", "")
+
+
+def test_precision_and_recall_need_features(home: Path, inside: Inside) -> None:
+    from bootcli.reference import reference_for, write_reference
+    from bootcli.teachers.registry import load
+
+    own = reference_for(load("fashion").teacher, None, torch.device("cpu"))
+    write_reference(home / "bare.safetensors", dataclasses.replace(own, features=None))
+    done = inside("evaluate", "--metric", "pr", "--reference", "bare.safetensors", cwd=home)
+    assert done.returncode == 2
+    assert "a mean and a covariance only" in done.stderr
 
 
 def test_export(home: Path, inside: Inside) -> None:

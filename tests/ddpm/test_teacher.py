@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from bootcli_ddpm import family
-from bootcli_ddpm.features import CONFIG, REFERENCE, WEIGHTS, FeatureNetwork, sha256
+from bootcli_ddpm.features import CONFIG, MANIFOLD, REFERENCE, WEIGHTS, FeatureNetwork, save_manifold, sha256
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import save_file
 
 from bootcli.errors import BootError, UsageError
 from bootcli.plugin import Cond, check_teacher
 from bootcli.student import Student
+from bootcli.teachers.registry import load
 from bootcli.teachers.view import TeacherView
 
 from .conftest import MakeFolder
@@ -267,6 +268,36 @@ def test_feature_space(make_folder: MakeFolder) -> None:
     assert (space.name, space.num_images, space.floor) == ("tiny", 60, {50: 0.2, 100: 0.1})
     assert space.network(torch.zeros(2, 1, 8, 8)).shape == (2, 4)
     assert space.mean.dtype == torch.float64
+    assert space.features is None, "a folder without single features is whole"
+    save_manifold(folder / "features", torch.eye(4))
+    again = family.load(folder).feature_space()
+    assert again is not None
+    assert again.features is not None
+    assert torch.equal(again.features, torch.eye(4).half())
+
+
+def test_features_of_another_network_are_refused(make_folder: MakeFolder) -> None:
+    folder = make_folder()
+    write_features(folder / "features")
+    path = folder / "features" / MANIFOLD
+    save_file({"features": torch.eye(4)}, path, {"network": "0123"})
+    with pytest.raises(BootError, match="holds features of another network"):
+        family.load(folder).feature_space()
+    path.write_bytes(b"half a file")
+    with pytest.raises(BootError, match="features is damaged"):
+        family.load(folder).feature_space()
+
+
+def test_the_embedded_features_are_of_the_reference_images() -> None:
+    """10,000 of the 60,000: mean and covariance are those of the reference as far as chance allows."""
+    space = load("fashion").teacher.feature_space()
+    assert space is not None
+    assert space.features is not None
+    assert space.features.shape == (10_000, 64)
+    features = space.features.double()
+    error = (features.mean(0) - space.mean) / (space.cov.diagonal() / 10_000).sqrt()
+    assert error.abs().max() < 4
+    assert torch.allclose(features.T.cov().diagonal(), space.cov.diagonal(), rtol=0.1)
 
 
 @pytest.mark.parametrize("changes", [{"sha256": ""}, {"reference_images": None}, {"architecture": {"size": "a"}}])

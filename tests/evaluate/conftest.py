@@ -33,8 +33,9 @@ def gaussian(seed: int, d: int = 6, images: int = 100, scale: float = 1.0) -> St
 
 @pytest.fixture
 def own_space() -> FeatureSpace:
+    features = 127 + 30 * torch.randn(40, DIM, generator=torch.Generator().manual_seed(5))
     return FeatureSpace(
-        "corners-5", Corners(), torch.full((DIM,), 127.0), 900 * torch.eye(DIM), 1000, "made up", {10: 0.5}
+        "corners-5", Corners(), torch.full((DIM,), 127.0), 900 * torch.eye(DIM), 1000, "made up", {10: 0.5}, features
     )
 
 

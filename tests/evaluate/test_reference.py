@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import urllib.error
@@ -19,18 +20,13 @@ from cleanfid.inception_torchscript import InceptionV3W
 from torch import Tensor, nn
 
 from bootcli import evaluate as metrics
+from bootcli import reference as references
 from bootcli.errors import BootError, UsageError
-from bootcli.evaluate import (
-    Inception,
-    Reference,
-    folder_images,
-    frechet,
-    reference_for,
-    statistics_of,
-    write_reference,
-)
+from bootcli.evaluate import Inception, folder_images, frechet, statistics_of
 from bootcli.images import save_png
 from bootcli.plugin import FeatureSpace, Teacher
+from bootcli.reference import Reference, reference_for, write_reference
+from bootcli.store.tensors import read_tensors, write_tensors
 
 from .conftest import CPU, DIM, Corners, gaussian
 
@@ -42,6 +38,7 @@ def test_the_default_reference_is_the_teachers_own(teacher: Teacher, own_space: 
     assert (reference.feature_space, reference.source, reference.floor) == ("corners-5", "made up", {10: 0.5})
     assert reference.statistics.cov.dtype == np.float64
     assert reference.network is own_space.network
+    assert reference.features is own_space.features
 
 
 def test_a_teacher_without_a_feature_space_needs_a_reference(tiny_teacher: Teacher, tmp_path: Path) -> None:
@@ -57,6 +54,8 @@ def test_a_folder_is_read_in_the_teachers_own_features(teacher: Teacher, picture
     np.testing.assert_array_equal(reference.statistics.mean, pixels.double().flatten(1)[:, :DIM].mean(0).numpy())
     assert (reference.feature_space, reference.source, reference.floor) == ("corners-5", str(folder), {})
     assert reference.statistics.num_images == 12
+    assert reference.features is not None
+    assert torch.equal(reference.features, pixels.float().flatten(1)[:, :DIM])
 
 
 def test_images_of_another_kind_are_not_bent_to_fit(teacher: Teacher, pictures: tuple[Path, Tensor]) -> None:
@@ -91,6 +90,49 @@ def test_kept_statistics_come_back(teacher: Teacher, pictures: tuple[Path, Tenso
     again = reference_for(teacher, str(tmp_path / "kept.safetensors"), CPU)
     assert frechet(made.statistics, again.statistics) == pytest.approx(0, abs=1e-6)
     assert again.statistics.num_images == 12
+    assert again.features is not None
+    assert made.features is not None
+    assert torch.equal(again.features, made.features)
+
+
+def test_features_are_those_of_a_limited_number_of_images(
+    teacher: Teacher, own_space: FeatureSpace, pictures: tuple[Path, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(references, "MOST_ROWS", 7)
+    for words in (None, str(pictures[0])):
+        features = reference_for(teacher, words, CPU).features
+        assert features is not None
+        assert features.shape == (7, DIM)
+    assert reference_for(teacher, str(pictures[0]), CPU).statistics.num_images == 12
+
+
+def test_statistics_alone_are_too_little_for_precision_and_recall(
+    teacher: Teacher, own_space: FeatureSpace, tmp_path: Path, cache: Path
+) -> None:
+    write_reference(tmp_path / "old.safetensors", Reference("corners-5", Corners(), gaussian(0, d=DIM), "elsewhere"))
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    bare = dataclasses.replace(own_space, features=None)
+    teacher.feature_space = lambda: bare  # type: ignore[method-assign]
+    for words in (None, str(tmp_path / "old.safetensors"), f"inception-clean:{tmp_path / 'stats.npz'}"):
+        with pytest.raises(UsageError, match="a mean and a covariance only") as caught:
+            reference_for(teacher, words, CPU, with_features=True)
+        assert "--save-reference" in caught.value.hint
+    assert reference_for(teacher, None, CPU).features is None, "enough for a distance"
+    assert not list(cache.glob("*")), "the error comes before Inception is fetched"
+
+
+@pytest.mark.parametrize(
+    "features", [torch.zeros(9, 4), torch.zeros(9), torch.zeros(9, DIM).int(), torch.full((9, DIM), torch.inf)]
+)
+def test_stored_features_that_do_not_fit_are_refused(
+    teacher: Teacher, pictures: tuple[Path, Tensor], tmp_path: Path, features: Tensor
+) -> None:
+    path = tmp_path / "kept.safetensors"
+    write_reference(path, reference_for(teacher, str(pictures[0]), CPU))
+    tensors, facts = read_tensors(path)
+    write_tensors(path, tensors | {"features": features}, facts)
+    with pytest.raises(BootError, match=r"kept\.safetensors: the features are not \(n, 5\) finite numbers"):
+        reference_for(teacher, str(path), CPU)
 
 
 def test_another_feature_space_is_refused(teacher: Teacher, tmp_path: Path) -> None:

@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
-from bootcli.errors import UsageError
-from bootcli.evaluate import reference_for
+from bootcli.engine import Engine
+from bootcli.errors import BootError, UsageError
+from bootcli.evaluate import features_of
+from bootcli.manifold import manifold_of, precision_recall, some_rows
 from bootcli.pipelines import evaluate as pipeline
-from bootcli.plugin import FeatureSpace, Teacher
-from bootcli.sampler import prior_noise
+from bootcli.plugin import Cond, FeatureSpace, Teacher
+from bootcli.reference import reference_for
+from bootcli.sampler import prior_noise, student_images
+from bootcli.store.artifact import load_student
 from bootcli.teachers.registry import Loaded
 
 from .conftest import CPU, DIM
@@ -47,7 +52,9 @@ def test_an_evaluation_says_all_it_takes_to_repeat_it(at_hand: Teacher, tiny_run
         assert row["fid"] == pytest.approx(sum(row["fid_repeats"]) / 2)
         assert row["fid_std"] > 0
     assert student["nfe"] == 1
-    assert (result["metric"], result["feature_space"]) == ("fid", "corners-5")
+    assert student.keys() == {"nfe", "fid", "fid_std", "fid_repeats"}
+    assert (result["metrics"], result["feature_space"]) == (["fid"], "corners-5")
+    assert (result["manifold"], result["paired"]) == (None, None)
     assert result["reference"] == {
         "feature_space": "corners-5",
         "dimensions": DIM,
@@ -91,6 +98,57 @@ def test_student_and_teacher_share_seeds_and_repeats_do_not(
     assert drawn == [*range(40, 58)] * 2
 
 
+def test_all_metrics_of_a_set_of_images_are_of_one_drawing(
+    at_hand: Teacher, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = seeds_drawn(monkeypatch)
+    asked: dict[str, Any] = {"num_images": 6, "repeats": 2, "teacher_steps": (2,), "batch_size": 4, "device": "cpu"}
+    both = pipeline.evaluate(tiny_run, metrics=["pr", "fid"], **asked)
+    assert drawn == [*range(12)] * 2
+    assert both["metrics"] == ["fid", "pr"], "in one order, whatever the order they were asked in"
+    (written,) = (tiny_run / "evaluations").glob("fid-pr-2*.json")
+    written.unlink()
+    file = tiny_run / "student" / "student.safetensors"
+    for metric, names in {"fid": ["fid"], "pr": ["precision", "recall"]}.items():
+        alone = pipeline.evaluate(file, metrics=[metric], **asked)
+        rows = [alone["student"], *alone["teacher"]]  # type: ignore[misc]
+        for row, same in zip(rows, [both["student"], *both["teacher"]], strict=True):  # type: ignore[misc]
+            for key in [name + end for name in names for end in ("", "_std", "_repeats")]:
+                assert row[key] == same[key]
+        assert not {"fid", "precision", "recall"} - set(names) & rows[0].keys()
+
+
+def test_precision_and_recall_are_of_as_many_images_of_both(
+    at_hand: Teacher, own_space: FeatureSpace, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert own_space.features is not None
+    artifact = load_student(tiny_run)
+    images = list(student_images(artifact.student, lambda seeds: Cond(), range(50), 25, Engine("cpu", "no")))
+    drawn = features_of(images, own_space.network, CPU)
+    for num_images, most, compared in ((30, 10_000, 30), (50, 10_000, 40), (50, 20, 20)):
+        monkeypatch.setattr(pipeline, "MOST_ROWS", most)
+        result = pipeline.evaluate(
+            tiny_run / "student" / "student.safetensors", metrics=["pr"], num_images=num_images, device="cpu"
+        )
+        real, generated = some_rows(own_space.features, compared), some_rows(drawn[:num_images], compared)
+        expected = precision_recall(manifold_of(real), manifold_of(generated))
+        student = result["student"]
+        assert isinstance(student, dict)
+        assert student["precision"] == pytest.approx(expected.precision, abs=0.06)  # a level may round another way
+        assert student["recall"] == pytest.approx(expected.recall, abs=0.06)
+        assert result["manifold"] == {"images": compared, "neighbours": 3}
+        assert f"{compared} images of each set" in " ".join(result["notes"])  # type: ignore[arg-type]
+
+
+def test_a_reference_of_too_few_images_for_precision_and_recall(
+    at_hand: Teacher, own_space: FeatureSpace, tiny_run: Path
+) -> None:
+    few = dataclasses.replace(own_space, features=torch.zeros(3, DIM))
+    at_hand.feature_space = lambda: few  # type: ignore[method-assign]
+    with pytest.raises(BootError, match="made up: precision and recall need more than 3 images"):
+        pipeline.evaluate(tiny_run, metrics=["pr"], num_images=8, device="cpu")
+
+
 def test_the_batch_size_changes_nothing(at_hand: Teacher, tiny_run: Path) -> None:
     file = tiny_run / "student" / "student.safetensors"
     small, large = (pipeline.evaluate(file, num_images=12, batch_size=n, device="cpu") for n in (5, 12))
@@ -122,7 +180,16 @@ def test_steps_that_the_teacher_lacks_are_refused_before_any_image(at_hand: Teac
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"metric": "kid"}, {"num_images": 1}, {"repeats": 0}, {"teacher_steps": (4, 0)}, {"batch_size": 0}]
+    "wrong",
+    [
+        {"metrics": ["fid", "kid"]},
+        {"metrics": []},
+        {"metrics": ["pr"], "num_images": 3},
+        {"num_images": 1},
+        {"repeats": 0},
+        {"teacher_steps": (4, 0)},
+        {"batch_size": 0},
+    ],
 )
 def test_impossible_requests_are_usage_errors(wrong: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError):
@@ -134,10 +201,12 @@ def test_statistics_can_be_kept_for_later(
 ) -> None:
     kept = tmp_path / "kept.safetensors"
     file = tiny_run / "student" / "student.safetensors"
-    settings: dict[str, Any] = {"num_images": 8, "device": "cpu"}
+    settings: dict[str, Any] = {"metrics": ["fid", "pr"], "num_images": 8, "device": "cpu"}
     first = pipeline.evaluate(file, reference=str(pictures[0]), save_reference=kept, **settings)
     again = pipeline.evaluate(file, reference=str(kept), **settings)
     assert first["student"]["fid"] == pytest.approx(again["student"]["fid"])  # type: ignore[index]
+    for name in ("precision", "recall"):
+        assert first["student"][name] == again["student"][name]  # type: ignore[index]
     assert again["reference"]["num_images"] == 12  # type: ignore[index]
     with pytest.raises(UsageError, match=r"\.safetensors"):
         pipeline.evaluate(file, save_reference=tmp_path / "kept.npz", **settings)

@@ -1,0 +1,116 @@
+"""The numbers of a student and of its teacher, measured on the same seeds and against the same reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean, stdev
+
+import torch
+from torch import Tensor
+
+from bootcli.engine import Engine
+from bootcli.evaluate import features_of, frechet, gaussian_fit
+from bootcli.manifold import NEIGHBOURS, Manifold, manifold_of, precision_recall, some_rows
+from bootcli.reference import Reference
+from bootcli.sampler import CondOf, paired_errors, student_images, teacher_images
+from bootcli.student import Student
+from bootcli.teachers.view import TeacherView
+
+PAIRED_STEPS = 50
+"""Steps of the teacher that the student is paired with."""
+
+Progress = Callable[[str, int, int], None]
+"""(what is sampled, images done, images in all)."""
+
+Images = Callable[[CondOf, range, int, Engine], Iterator[Tensor]]
+"""Draws the images of some seeds, so many at a time."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Who is measured, on what.
+
+    Args:
+        student, view: the student and its teacher.
+        cond_of: the conditions of both.
+        repeats: the seeds of each repeat.
+        batch_size, engine: how to draw.
+        reference: what images are compared with; None where nothing is.
+        fid: whether to take the Frechet distance to it.
+        manifold: of as many features of the reference as are compared; None without precision and recall.
+        t_max: where the teacher's paths start that the student is paired with; None where it is not.
+        progress: called after each batch.
+    """
+
+    student: Student
+    view: TeacherView
+    cond_of: CondOf
+    repeats: Sequence[range]
+    batch_size: int
+    engine: Engine
+    reference: Reference | None
+    fid: bool
+    manifold: Manifold | None
+    t_max: float | None
+    progress: Progress | None
+
+    def of_student(self) -> dict[str, object]:
+        """The student's numbers."""
+        images = partial(student_images, self.student)
+        numbers = [self._scores(self.reference, "student", images, seeds) for seeds in self.repeats]
+        if self.t_max is not None:
+            paired = [self._paired_mse(self.t_max, seeds) for seeds in self.repeats]
+            numbers = [one | {"paired_mse": error} for one, error in zip(numbers, paired, strict=True)]
+        return {"nfe": 1, **_summary(numbers)}
+
+    def of_teacher(self, steps: int) -> dict[str, object]:
+        """The teacher's numbers at so many steps."""
+        calls = 1 if self.view.guidance_scale == 1.0 else 2
+        images = partial(teacher_images, self.view, steps)
+        numbers = [self._scores(self.reference, f"teacher, {steps} steps", images, seeds) for seeds in self.repeats]
+        return {"steps": steps, "nfe": steps * calls, **_summary(numbers)}
+
+    def facts(self) -> dict[str, object]:
+        """How precision, recall and the paired error were taken; None for what was not."""
+        paired = None if self.t_max is None else {"teacher_steps": PAIRED_STEPS, "t_max": self.t_max}
+        if self.manifold is None:
+            return {"manifold": None, "paired": paired}
+        return {"manifold": {"images": len(self.manifold.centres), "neighbours": NEIGHBOURS}, "paired": paired}
+
+    def _scores(self, reference: Reference | None, label: str, images: Images, seeds: range) -> dict[str, float]:
+        if reference is None:
+            return {}
+        batches = images(self.cond_of, seeds, self.batch_size, self.engine)
+        features = features_of(self._reported(label, batches, seeds), reference.network, self.engine.device)
+        scores = {"fid": frechet(gaussian_fit(features), reference.statistics)} if self.fid else {}
+        if self.manifold is not None:
+            drawn = manifold_of(some_rows(features, len(self.manifold.centres)))
+            quality = precision_recall(self.manifold, drawn)
+            scores |= {"precision": quality.precision, "recall": quality.recall}
+        return scores
+
+    def _paired_mse(self, t_max: float, seeds: range) -> float:
+        errors = paired_errors(
+            self.student, self.view, t_max, PAIRED_STEPS, self.cond_of, seeds, self.batch_size, self.engine
+        )
+        return float(torch.cat(list(self._reported("student and teacher in pairs", errors, seeds))).mean())
+
+    def _reported(self, label: str, batches: Iterator[Tensor], seeds: range) -> Iterator[Tensor]:
+        done = seeds.start - self.repeats[0].start
+        for batch in batches:
+            yield batch
+            done += len(batch)  # after its features are taken
+            if self.progress is not None:
+                self.progress(label, done, sum(map(len, self.repeats)))
+
+
+def _summary(repeats: Sequence[Mapping[str, float]]) -> dict[str, object]:
+    """For each number its mean, its standard deviation (None for one repeat) and its value in every repeat."""
+    row: dict[str, object] = {}
+    for name in repeats[0]:
+        values = [numbers[name] for numbers in repeats]
+        row |= {name: fmean(values), f"{name}_std": stdev(values) if len(values) > 1 else None}
+        row[f"{name}_repeats"] = values
+    return row
