@@ -22,8 +22,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from bootcli.manifold import MOST_ROWS, manifold_of, precision_recall, some_rows
-from bootcli.reference import reference_for
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
@@ -32,11 +30,13 @@ from bootcli.config import resolve
 from bootcli.engine import Engine
 from bootcli.evaluate import features_of, frechet, gaussian_fit
 from bootcli.images import to_uint8
+from bootcli.manifold import MOST_ROWS, manifold_of, precision_recall, some_rows
 from bootcli.maths.schedule import DiscreteVP
 from bootcli.pipelines.distill import distill
 from bootcli.pipelines.evaluate import evaluate
 from bootcli.pipelines.settings import resolve_config
 from bootcli.pipelines.setup import condition_of, teacher_view
+from bootcli.reference import reference_for
 from bootcli.sampler import prior_noise, teacher_images
 from bootcli.store.files import read_json, write_json
 from bootcli.store.rundir import RunDir
@@ -184,7 +184,10 @@ def trained(bench: Bench, run: Path, name: str, seed: int, minutes: int) -> dict
         "updates": result["training_steps"],
         "loss": last["loss"],
         "residual": last["residual"],
-        "student": [{key: row[key] for key in keep if key in row} for row in result["students"]],
+        "student": [
+            {key: row[key] for key in keep if key in row}
+            for row in (result["student"], *result["student_in_more_calls"])
+        ],
     }
 
 

@@ -55,7 +55,7 @@ GuidanceOption = Annotated[
 ]
 ObjectiveOption = Annotated[
     Literal["boot", "freeflow", "kd"] | None,
-    typer.Option(help="What to train on.", show_default="boot", rich_help_panel=TRAINING),
+    typer.Option(help="What to train on.", show_default=recipe("boot"), rich_help_panel=TRAINING),
 ]
 CorrectorOption = Annotated[
     bool | None,

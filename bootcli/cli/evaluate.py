@@ -39,6 +39,9 @@ SaveReferenceOption = Annotated[
 TeacherStepsOption = Annotated[
     str, typer.Option(metavar="4,10,50", help="Steps of the teacher beside the student; '' for none.")
 ]
+NfeOption = Annotated[
+    str, typer.Option(metavar="1,2,4", help="Network calls of the student, if it was trained to refine.")
+]
 MaxOption = Annotated[float | None, typer.Option(metavar="X", help="Fail (exit 1) if the student's FID is above X.")]
 
 COLUMNS = {
@@ -57,6 +60,7 @@ def evaluate(
     repeats: RepeatsOption = 1,
     reference: ReferenceOption = None,
     save_reference: SaveReferenceOption = None,
+    nfe: NfeOption = "1",
     teacher_steps: TeacherStepsOption = "4,10,50",
     max_fid: MaxOption = None,
     batch_size: BatchSizeOption = 64,
@@ -67,6 +71,9 @@ def evaluate(
     steps = integers(teacher_steps or None, "--teacher-steps") or ()
     if any(count < 1 for count in steps):
         raise UsageError(f"--teacher-steps {teacher_steps}: a sampler takes at least 1 step.")
+    calls = integers(nfe, "--nfe") or ()
+    if any(count < 1 for count in calls):
+        raise UsageError(f"--nfe {nfe}: a student is called at least once.")
     metrics = tuple(metric or ("fid",))
     if unknown := [name for name in metrics if name not in COLUMNS]:
         raise UsageError(f"--metric {unknown[0]}: there is no such metric.", f"There are: {', '.join(COLUMNS)}")
@@ -84,6 +91,7 @@ def evaluate(
             seed=seed,
             repeats=repeats,
             reference=reference,
+            nfe=calls,
             teacher_steps=steps,
             batch_size=batch_size,
             device=device,
@@ -100,6 +108,7 @@ def _print_table(result: Mapping[str, Any]) -> None:
     reference = result["reference"] or {}
     columns = [column for metric in result["metrics"] for column in COLUMNS[metric]]
     rows: list[tuple[str, Mapping[str, Any]]] = [("student", result["student"])]
+    rows += [(f"student, {row['nfe']} calls", row) for row in result["student_in_more_calls"]]
     rows += [(f"teacher, {row['steps']} steps", row) for row in result["teacher"]]
     if (floor := reference.get("floor")) and "fid" in result["metrics"]:
         rows.append((f"{floor['num_images']:,} real images, held out", {"nfe": "", "fid": floor["fid"]}))

@@ -56,14 +56,19 @@ class Bench:
     t_max: float | None
     progress: Progress | None
 
-    def of_student(self) -> dict[str, object]:
-        """The student's numbers."""
-        images = partial(student_images, self.student)
-        numbers = [self._scores(self.reference, "student", images, seeds) for seeds in self.repeats]
-        if self.t_max is not None:
+    def of_student(self, starts: Sequence[float] = ()) -> dict[str, object]:
+        """The student's numbers in one call, and in one more for each of ``starts`` (`student_images`).
+
+        The error to its pair is that of one call: later ones draw noise of their own.
+        """
+        nfe = 1 + len(starts)
+        images = partial(student_images, self.student, starts=starts)
+        label = "student" if nfe == 1 else f"student, {nfe} calls"
+        numbers = [self._scores(self.reference, label, images, seeds) for seeds in self.repeats]
+        if self.t_max is not None and nfe == 1:
             paired = [self._paired_mse(self.t_max, seeds) for seeds in self.repeats]
             numbers = [one | {"paired_mse": error} for one, error in zip(numbers, paired, strict=True)]
-        return {"nfe": 1, **_summary(numbers)}
+        return {"nfe": nfe, **_summary(numbers)}
 
     def of_teacher(self, steps: int) -> dict[str, object]:
         """The teacher's numbers at so many steps."""

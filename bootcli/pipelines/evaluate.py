@@ -12,7 +12,7 @@ from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import INCEPTION
 from bootcli.manifold import MOST_ROWS, NEIGHBOURS, Manifold, manifold_of, some_rows
 from bootcli.pipelines.bench import PAIRED_STEPS, Bench, Progress
-from bootcli.pipelines.setup import condition_of, start_time, teacher_view
+from bootcli.pipelines.setup import condition_of, refinement_starts, start_time, teacher_view
 from bootcli.reference import Reference, reference_for, write_reference
 from bootcli.sampler import reference_times
 from bootcli.store.artifact import load_student
@@ -33,6 +33,7 @@ def evaluate(
     seed: int = 0,
     repeats: int = 1,
     reference: str | None = None,
+    nfe: Sequence[int] = (1,),
     teacher_steps: tuple[int, ...] = (),
     batch_size: int = 64,
     device: Device = "auto",
@@ -51,6 +52,7 @@ def evaluate(
         seed: of the first image.
         repeats: how often to draw anew; the mean is reported beside every number.
         reference: see `bootcli.reference.reference_for`; "paired" alone needs none.
+        nfe: calls of the student for an image; above 1 for one that was trained to refine.
         teacher_steps: numbers of steps of the reference sampler to measure the teacher at.
         batch_size: images drawn at a time; changes the result by rounding at most.
         device: where to compute.
@@ -64,13 +66,14 @@ def evaluate(
     Raises `UsageError` for impossible arguments, `BootError` for broken files.
     """
     wanted = _wanted(metrics)
-    _check(num_images, repeats, teacher_steps, batch_size)
+    _check(num_images, repeats, (*nfe, *teacher_steps), batch_size)
     _check_reference(wanted, num_images, reference, save_reference)
     began = time.perf_counter()
     artifact = load_student(run)
     config, engine = artifact.config, Engine(device, "no")
     teacher = load(config.teacher).teacher
     view = teacher_view(teacher, config, engine)
+    starts = [refinement_starts(teacher, config, calls) for calls in dict.fromkeys((1, *nfe))]
     for steps in teacher_steps:
         reference_times(view, steps)  # an impossible number is refused before any image is drawn
     t_max = _path_start(view, config) if "paired" in wanted else None
@@ -92,10 +95,12 @@ def evaluate(
         t_max=t_max,
         progress=progress,
     )
+    students = [bench.of_student(times) for times in starts]
     result: dict[str, object] = {
         "metrics": list(wanted),
         "feature_space": None if against is None else against.feature_space,
-        "student": bench.of_student(),
+        "student": students[0],
+        "student_in_more_calls": students[1:],
         "teacher": [] if against is None else [bench.of_teacher(steps) for steps in teacher_steps],
         "reference": None if against is None else _facts(against, num_images),
         **bench.facts(),
@@ -121,11 +126,11 @@ def _wanted(metrics: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in METRICS if name in metrics)
 
 
-def _check(num_images: int, repeats: int, teacher_steps: Sequence[int], batch_size: int) -> None:
+def _check(num_images: int, repeats: int, calls: Sequence[int], batch_size: int) -> None:
     if num_images < 2:
         raise UsageError(f"--num-images {num_images}: statistics need at least 2 images.")
-    if repeats < 1 or batch_size < 1 or any(steps < 1 for steps in teacher_steps):
-        raise UsageError("Repeats, batch size and teacher steps must be at least 1.")
+    if repeats < 1 or batch_size < 1 or any(count < 1 for count in calls):
+        raise UsageError("Repeats, batch size, NFE and teacher steps must be at least 1.")
 
 
 def _check_reference(

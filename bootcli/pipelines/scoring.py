@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from bootcli.engine import Engine
-from bootcli.evaluate import frechet, reference_for, statistics_of
+from bootcli.evaluate import frechet, statistics_of
 from bootcli.images import to_uint8
 from bootcli.pipelines.setup import Distillation, condition_of
+from bootcli.reference import reference_for
 from bootcli.sampler import prior_noise, teacher_endpoint
 from bootcli.watch import Score
 
