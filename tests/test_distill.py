@@ -245,7 +245,7 @@ def test_a_nan_keeps_the_last_good_state(
             yield report
             if report.step == 3:
                 with torch.no_grad():
-                    next(iter(self.student.parameters())).fill_(float("nan"))
+                    next(iter(self.work.student.parameters())).fill_(float("nan"))
 
     monkeypatch.setattr(pipeline.Trainer, "run", poisoned)
     with pytest.raises(BootError, match=r"step 4.*step-00000003"):

@@ -18,7 +18,7 @@ from bootcli.manifold import manifold_of, precision_recall, some_rows
 from bootcli.pipelines import evaluate as pipeline
 from bootcli.plugin import Cond, FeatureSpace, Teacher
 from bootcli.reference import reference_for
-from bootcli.sampler import prior_noise, student_images
+from bootcli.sampler import noises, student_images
 from bootcli.store.artifact import load_student
 from bootcli.teachers.registry import Loaded
 
@@ -81,11 +81,11 @@ def seeds_drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every seed that noise is drawn from, in order."""
     drawn: list[int] = []
 
-    def spy(seeds: Any, shape: tuple[int, int, int]) -> Tensor:
+    def spy(seeds: Any, count: int, shape: tuple[int, int, int]) -> Tensor:
         drawn.extend(seeds)
-        return prior_noise(seeds, shape)
+        return noises(seeds, count, shape)
 
-    monkeypatch.setattr("bootcli.sampler.prior_noise", spy)
+    monkeypatch.setattr("bootcli.sampler.noises", spy)
     return drawn
 
 
