@@ -64,6 +64,8 @@ class OptimizerConfig:
     """Learning rate after the warm-up, down to 0 at the last step."""
     ema_decay: Decay = 0.999
     """Decay of the weight average that is sampled, after its own warm-up."""
+    ema_ramp: PositiveFloat = 9.0
+    """While decay is not reached, the average is over 1 / ramp of the updates so far."""
     gradient_checkpointing: bool = False
     compile: bool = False
     """Compile the networks with torch.compile."""

@@ -12,17 +12,19 @@ from torch import Tensor, nn
 class EMA:
     """The moving average of a module's parameters, kept in float32 beside them.
 
-    The n-th update uses ``min(decay, (1 + n) / (10 + n))``, so that early weights are forgotten quickly.
+    The n-th update uses ``min(decay, (1 + n) / (1 + ramp + n))``, so that early weights are forgotten: while the ramp
+    rules, the average reaches back over 1 / ramp of the updates so far.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, ramp: float = 9.0) -> None:
         self.decay = decay
+        self.ramp = ramp
         self.weights = {name: p.detach().clone().float() for name, p in module.named_parameters()}
 
     @torch.no_grad()
     def update(self, module: nn.Module, n: int) -> None:
         """Move the average towards the module after its n-th update, n = 1, 2, ..."""
-        decay = min(self.decay, (1 + n) / (10 + n))
+        decay = min(self.decay, (1 + n) / (1 + self.ramp + n))
         current = [p.detach().float() for p in module.parameters()]
         torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay)
 

@@ -157,7 +157,7 @@ class Trainer:
         self.parts = Parts.of(config, config.batch_size // shares)
         self.balance = Balance()
         student, critic = work.student, work.critic
-        self.ema = EMA(student, config.optimizer.ema_decay)
+        self.ema = EMA(student, config.optimizer.ema_decay, config.optimizer.ema_ramp)
         self._module, self.optimizer = engine.prepare(student, make_optimizer(student, config))
         self._critic, self.critic_optimizer = None, None
         if critic is not None:

@@ -220,11 +220,11 @@ def test_newest_run_is_the_one_started_last(tmp_path: Path) -> None:
 
 
 def test_default_runs_do_not_collide(tmp_path: Path) -> None:
-    first = default_run("owner/some-model", "boot", tmp_path)
+    first = default_run("owner/some-model", tmp_path)
     assert first.parent == tmp_path
-    assert first.name.startswith("some-model-boot-")
+    assert first.name.startswith("some-model-")
     first.mkdir()
-    assert default_run("owner/some-model", "boot", tmp_path) != first
+    assert default_run("owner/some-model", tmp_path) != first
 
 
 # ---- students

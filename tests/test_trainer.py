@@ -45,16 +45,17 @@ def run(teacher: Teacher, config: DistillConfig) -> tuple[Trainer, list[StepRepo
     return trainer, list(trainer.run())
 
 
-def test_ema_follows_its_formula() -> None:
+@pytest.mark.parametrize("ramp", [9.0, 2.0])
+def test_ema_follows_its_formula(ramp: float) -> None:
     module = torch.nn.Linear(1, 1, bias=False)
     module.requires_grad_(False)
     module.weight.fill_(0.0)
-    ema = EMA(module, decay=0.5)
+    ema = EMA(module, 0.5, ramp)
     expected = 0.0
     for n in range(1, 20):
         module.weight.fill_(float(n))
         ema.update(module, n)
-        decay = min(0.5, (1 + n) / (10 + n))
+        decay = min(0.5, (1 + n) / (1 + ramp + n))
         expected = decay * expected + (1 - decay) * n
     assert float(ema.weights["weight"]) == pytest.approx(expected, rel=1e-6)
     with ema.applied_to(module):

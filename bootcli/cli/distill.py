@@ -113,7 +113,7 @@ OutputOption = Annotated[
     typer.Option(
         metavar="DIR",
         help="Run folder.",
-        show_default="runs/<teacher>-<objective>-<time>",
+        show_default="runs/<teacher>-<time>",
         rich_help_panel=RUN,
     ),
 ]
@@ -205,7 +205,7 @@ def distill(
         run = find_run(output)
     else:
         registry.resolve(settings.teacher)
-        run = output or default_run(settings.teacher, settings.objective)
+        run = output or default_run(settings.teacher)
         RunDir(run).check_free(overwrite=overwrite)
     if dry_run:
         _estimate(layers, as_json=as_json)

@@ -142,10 +142,10 @@ def _step_of(line: str) -> float:
         return float("inf")  # a line cut off by a crash
 
 
-def default_run(teacher: str, objective: str, root: Path = RUNS) -> Path:
-    """``runs/<teacher>-<objective>-<time>``; a number is added where two runs start in one second."""
+def default_run(teacher: str, root: Path = RUNS) -> Path:
+    """``runs/<teacher>-<time>``; a number is added where two runs start in one second."""
     name = Path(teacher.replace(":", "-")).name or "teacher"
-    base = root / f"{name}-{objective}-{time.strftime('%Y%m%d-%H%M%S')}"
+    base = root / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, number = base, 2
     while path.exists():
         path, number = base.with_name(f"{base.name}-{number}"), number + 1

@@ -39,13 +39,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_run_folder_has_a_telling_name(home: Path) -> None:
     (run,) = (home / "runs").iterdir()
-    assert run.name.startswith("fashion-boot-")
+    assert run.name.startswith("fashion-")
 
 
 def test_sample_takes_the_newest_run_and_says_so(home: Path, cli: Cli) -> None:
     done = cli("sample", "-n", "3", "--json", cwd=home)
     assert done.returncode == 0, done.stderr
-    assert "Using run runs/fashion-boot-" in done.stderr
+    assert "Using run runs/fashion-" in done.stderr
     result = json.loads(done.stdout)
     assert result["nfe"] == 1
     assert [(home / name).suffix for name in result["files"]] == [".png"] * 3
