@@ -155,16 +155,16 @@ def dpm_solver_images(
         yield to_uint8(view.teacher.decode(x)).cpu()
 
 
-def student_cells(bench: Bench, name: str, seed: int, minutes: Sequence[int], only: str) -> None:
+def student_cells(bench: Bench, name: str, seed: int, minutes: Sequence[float], only: str) -> None:
     """One run, scored on its way."""
     run = bench.runs / f"{name}-seed{seed}"
     for limit in minutes:
-        cell = f"{name}-seed{seed}-{limit}min"
+        cell = f"{name}-seed{seed}-{limit:g}min"
         if only in cell:
             bench.cell(cell, lambda limit=limit: trained(bench, run, name, seed, limit))  # type: ignore[misc]
 
 
-def trained(bench: Bench, run: Path, name: str, seed: int, minutes: int) -> dict[str, object]:
+def trained(bench: Bench, run: Path, name: str, seed: int, minutes: float) -> dict[str, object]:
     """Train to ``minutes`` and score."""
     settings = {"teacher": bench.teacher, "seed": seed, "device": bench.device, **ENDLESS, **OBJECTIVES[name]}
     config = resolve_config({**settings, "max_minutes": float(minutes)}, {}, {})
@@ -201,7 +201,7 @@ class Row:
     """One line of the table of students: the same run at different seeds."""
 
     objective: str
-    minutes: int
+    minutes: float
     nfe: int
     cells: Sequence[dict[str, Any]]
 
@@ -242,7 +242,7 @@ def page(teacher: str, cells: Sequence[dict[str, Any]]) -> str:
         updates = round(fmean(cell["updates"] for cell in row.cells))
         numbers = (row.text("fid", 2), row.text("precision", 3), row.text("recall", 3), row.text("paired_mse", 4))
         lines.append(
-            f"| {row.objective} | {row.minutes} min | {updates:,} | {row.nfe} | {' | '.join(numbers)} | "
+            f"| {row.objective} | {row.minutes:g} min | {updates:,} | {row.nfe} | {' | '.join(numbers)} | "
             f"{len(row.values('fid'))} |"
         )
     lines += ["", "| teacher | network calls | FID | precision | recall |", "|---|--:|--:|--:|--:|"]
@@ -272,7 +272,7 @@ def save_curves(cells: Sequence[dict[str, Any]], folder: Path) -> None:
     for name in OBJECTIVES:
         line = [(r.nfe, fmean(r.values("fid"))) for r in rows if (r.objective, r.minutes) == (name, longest)]
         if line:
-            axes.plot(*zip(*line, strict=True), "-*", label=f"{name}, {longest} min", markersize=10)
+            axes.plot(*zip(*line, strict=True), "-*", label=f"{name}, {longest:g} min", markersize=10)
     finish(axes, "network calls for an image", folder / "nfe.png", figure)
 
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
@@ -333,7 +333,7 @@ def main() -> None:
             options.teacher, options.results / name, options.runs / name, options.num_images, options.device
         )  # fmt: skip
         teacher_cells(bench, [int(n) for n in options.steps.split(",") if n], options.only)
-        minutes = [int(m) for m in options.minutes.split(",")]
+        minutes = [float(m) for m in options.minutes.split(",")]
         for seed in range(options.seeds):
             for objective in options.objectives.split(","):
                 some = minutes if seed == 0 else minutes[:-1] or minutes
