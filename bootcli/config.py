@@ -60,8 +60,10 @@ class OptimizerConfig:
     clip_norm: PositiveFloat = 1.0
     """Largest gradient norm."""
     warmup_steps: Count = 500
-    decay: Literal["constant", "cosine", "linear"] = "cosine"
-    """Learning rate after the warm-up, down to 0 at the last step."""
+    decay: Literal["constant", "cosine", "linear", "inverse-sqrt"] = "cosine"
+    """Learning rate after the warm-up: cosine and linear reach 0 at the last step, the others know no last step."""
+    decay_after: Positive = 1000
+    """Updates from which inverse-sqrt falls, as one over the square root of their number."""
     ema_decay: Decay = 0.999
     """Decay of the weight average that is sampled, after its own warm-up."""
     ema_ramp: PositiveFloat = 9.0
@@ -154,6 +156,10 @@ class CorrectionConfig:
     """Updates in which the critic learns and the student does not listen yet."""
     balance: PositiveFloat = 1.0
     """Pull of the correction, in units of the prediction's."""
+    direction: Literal["score", "identity"] = "score"
+    """Where a sample is moved: along the difference of both denoisers, or down SiD's score identity loss."""
+    alpha: Annotated[float, Ge(0)] = 1.0
+    """Of the identity loss: 0 is its upper bound, 1 an unbiased estimate, above 1 (SiD: 1.2) less of its variance."""
     levels: Positive = 1
     """Noise levels for each sample."""
     tau_power: PositiveFloat = 1.0

@@ -35,7 +35,10 @@ def make_optimizer(module: nn.Module, config: DistillConfig) -> torch.optim.Opti
 
 
 def learning_rate(config: OptimizerConfig, peak: float, step: int, steps: int, time_used: float = 0.0) -> float:
-    """The learning rate of update ``step`` (from 1) of ``steps``: linear warm-up, then constant, cosine or linear.
+    """The learning rate of update ``step`` (from 1) of ``steps``: a linear warm-up, then what ``config.decay`` says.
+
+    ``inverse-sqrt`` is the schedule of EDM2 (Karras et al. 2024, arXiv 2312.02696): with a long weight
+    average it makes a student good at any time, without an end to plan for.
 
     Args:
         config: warm-up and decay.
@@ -46,5 +49,10 @@ def learning_rate(config: OptimizerConfig, peak: float, step: int, steps: int, t
     if step <= config.warmup_steps:
         return peak * step / config.warmup_steps
     progress = min(1.0, max((step - config.warmup_steps) / max(1, steps - config.warmup_steps), time_used))
-    factor = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress}
+    factor = {
+        "constant": 1.0,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        "linear": 1 - progress,
+        "inverse-sqrt": 1 / math.sqrt(max(1.0, step / config.decay_after)),
+    }
     return peak * factor[config.decay]

@@ -126,7 +126,8 @@ def test_two_processes_make_one_run(settings: dict[str, object], tmp_path: Path,
     words = ["distill", "--teacher", str(settings["teacher"]), "--batch-size", "8", "--device", "cpu", "--seed", "3",
              "--set", "log_every=1", "--set", "preview_teacher_steps=2", "--mixed-precision", "no",
              "--steps", "100000" if stop else "3", "--set", "optimizer.warmup_steps=2",
-             "--set", "boot.boundary_every=3"]  # fmt: skip
+             "--set", "boot.boundary_every=3", "--corrector", "--set", "correction.direction=identity",
+             "--set", "correction.warmup=1"]  # fmt: skip
     together = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "bootcli",
          *words, "--output", "two", "--json"],

@@ -34,6 +34,9 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert rates[-1] == pytest.approx(0.0, abs=1e-12)
     assert learning_rate(OptimizerConfig(warmup_steps=0, decay="constant"), 1.0, 7, 10) == 1.0
     assert learning_rate(OptimizerConfig(warmup_steps=0, decay="linear"), 1.0, 5, 10) == pytest.approx(0.5)
+    endless = OptimizerConfig(warmup_steps=10, decay="inverse-sqrt", decay_after=100)
+    rates = [learning_rate(endless, 2.0, step, 10**9, 0.9) for step in (5, 50, 100, 400, 2500)]
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 1.0, 0.4])
 
 
 def test_orthogonal_is_near_the_polar_factor() -> None:

@@ -9,7 +9,11 @@ one looks at the samples alone.
 | x | | the student's sample y(eps, t_min) |
 | x_tau | | x noised to a level tau |
 | f_g, f | mu_fake, mu_real | what the critic and the teacher take x_tau for |
-| direction | | ``(f_g - f) / mean |x - f|`` of each sample: the student moves against it |
+| direction | | the student moves against it; of each sample, divided by ``mean |x - f|`` as DMD does |
+
+There are two directions. ``score`` is ``f_g - f``, VSD's and DMD's: the gradient of a KL divergence. ``identity`` is the
+gradient of ``(f - f_g) . ((f - x) - alpha (f - f_g))``, SiD's estimate of a Fisher divergence (Zhou et al. 2024, arXiv
+2404.04057, section 4). It goes back through both denoisers, which costs more, and disturbs the prediction less.
 """
 
 from __future__ import annotations
@@ -140,17 +144,28 @@ class Corrector:
         spec, (n, m) = self.teacher.teacher.spec, draw.tau.shape
         with torch.set_grad_enabled(listens):
             x = student(draw.eps, torch.full((n,), self.t_min, dtype=torch.float64), cond)
-        samples, tau = x.detach().repeat_interleave(m, 0), draw.tau.flatten()
-        noise, at, each = draw.noise.flatten(0, 1), spec.schedule(tau), cond.rows(torch.arange(n).repeat_interleave(m))
+        # A new leaf: what goes back through the denoisers stops here, as a direction for the student.
+        samples = x.detach().repeat_interleave(m, 0).requires_grad_(listens and self.config.direction == "identity")
+        tau, noise = draw.tau.flatten(), draw.noise.flatten(0, 1)
+        at, each = spec.schedule(tau), cond.rows(torch.arange(n).repeat_interleave(m))
         x_tau = from_signal(samples, noise, at)
 
         prediction = critic(x_tau, tau, each).float()
-        critic_loss = (prediction - from_x0(spec.prediction, samples, x_tau, at)).square().mean()
+        target = from_x0(spec.prediction, samples, x_tau, at).detach()
+        critic_loss = (prediction - target).square().mean()
 
-        f = self.teacher.x0(x_tau, tau, each)
-        f_g = spec.threshold(to_x0(spec.prediction, prediction.detach(), x_tau, at))
-        scale = (samples - f).abs().flatten(1).mean(1) + 1e-4
-        direction = ((f_g - f) / like(scale, f)).reshape(n, m, *spec.sample_shape).mean(1)
+        f = self.teacher.denoise(x_tau, tau, each)
+        f_g = spec.threshold(to_x0(spec.prediction, prediction, x_tau, at))
+        direction = self._direction(samples, f, f_g).reshape(n, m, *spec.sample_shape).mean(1)
         square = (x - (x.detach() - direction)).square().flatten(1).mean(1)
-        gap = (f_g - f).square().flatten(1).mean(1).reshape(n, m).mean(1)
+        gap = (f_g - f).detach().square().flatten(1).mean(1).reshape(n, m).mean(1)
         return Correction(square.mean(), critic_loss, gap, 2 * square.detach().sqrt())
+
+    def _direction(self, samples: Tensor, f: Tensor, f_g: Tensor) -> Tensor:
+        """What each sample moves against, (b, ...), without gradient; the arguments have one where it is needed."""
+        scale = like((samples - f).detach().abs().flatten(1).mean(1) + 1e-4, f)
+        if not samples.requires_grad:
+            return (f_g - f).detach() / scale
+        difference = f - f_g
+        loss = difference * (f - samples - self.config.alpha * difference) / scale
+        return torch.autograd.grad(loss.sum(), samples, retain_graph=True)[0]

@@ -48,6 +48,10 @@ class TeacherView:
     @torch.no_grad()
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """f(x_t, t, c): the teacher's x_0, guided and clipped. Shapes (b, ...), t (b,) float64 CPU; float32 out."""
+        return self.denoise(x_t, t, cond)
+
+    def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """`x0`, with a gradient for x_t where that asks for one."""
         spec, teacher = self.teacher.spec, self.teacher
         if self.guidance_scale == 1.0 or self.negative is None:
             prediction = teacher.predict(teacher.net, x_t, t, cond)

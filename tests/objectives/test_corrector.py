@@ -45,22 +45,24 @@ def corrected(
     return part.loss(student, critic, draw, Cond(), listens=listens)  # type: ignore[arg-type]
 
 
-def test_nothing_to_correct_where_critic_and_teacher_agree() -> None:
+@pytest.mark.parametrize("direction", ["score", "identity"])
+def test_nothing_to_correct_where_critic_and_teacher_agree(direction: str) -> None:
     teacher = GaussianTeacher(MEAN, 0.5, CosineVP())
     student = Constant(MEAN, 0.5)
-    result = corrected(teacher, student, Critic(teacher, CorrectionConfig()))
+    result = corrected(teacher, student, Critic(teacher, CorrectionConfig()), direction=direction)
     assert result.student == 0
     assert not result.gap.any()
 
 
+@pytest.mark.parametrize("direction", ["score", "identity"])
 @pytest.mark.parametrize("prediction", ["x0", "v", "flow"])
-def test_direction_leads_from_the_critics_gaussian_to_the_teachers(prediction: Any) -> None:
+def test_direction_leads_from_the_critics_gaussian_to_the_teachers(prediction: Any, direction: str) -> None:
     """With the exact critic of N(m', s'), descent moves the mean towards m and the width towards s."""
     teacher = GaussianTeacher(MEAN, 0.5, CosineVP(), prediction)
     for mean, std in ((MEAN + 0.3, 0.5), (MEAN - 0.3, 0.5), (MEAN, 0.8), (MEAN, 0.3)):
         student = Constant(mean, std)
         critic = Critic(GaussianTeacher(mean, std, CosineVP(), prediction), CorrectionConfig())
-        corrected(teacher, student, critic).student.backward()
+        corrected(teacher, student, critic, direction=direction).student.backward()
         assert student.mean.grad is not None
         assert student.std.grad is not None
         if mean is MEAN:
@@ -69,12 +71,13 @@ def test_direction_leads_from_the_critics_gaussian_to_the_teachers(prediction: A
             assert (student.mean.grad * (mean - MEAN) > 0).all()
 
 
-def test_each_network_gets_its_own_gradient_only() -> None:
+@pytest.mark.parametrize("direction", ["score", "identity"])
+def test_each_network_gets_its_own_gradient_only(direction: str) -> None:
     teacher = GaussianTeacher(MEAN, 0.5, CosineVP())
     student, critic = Constant(MEAN + 0.3, 0.5), Critic(teacher, CorrectionConfig())
     with torch.no_grad():
         critic.net.get_parameter("means").add_(0.2)
-    result = corrected(teacher, student, critic)
+    result = corrected(teacher, student, critic, direction=direction)
     result.student.backward(retain_graph=True)
     assert all(p.grad is None for p in critic.parameters())
     before = student.mean.grad.clone()  # type: ignore[union-attr]
@@ -82,7 +85,31 @@ def test_each_network_gets_its_own_gradient_only() -> None:
     assert torch.equal(student.mean.grad, before)  # type: ignore[arg-type]
     assert critic.net.get_parameter("means").grad is not None
     assert all(p.grad is None for p in teacher.net.parameters())
-    assert not corrected(teacher, student, critic, listens=False).student.requires_grad
+    assert not corrected(teacher, student, critic, listens=False, direction=direction).student.requires_grad
+
+
+def test_identity_direction_is_the_gradient_through_both_denoisers() -> None:
+    """Of ``(f - f_g) . ((f - x) - alpha (f - f_g)) / mean |x - f|``, with the known slopes of a Gaussian's denoiser."""
+    schedule, alpha = CosineVP(), 0.7
+    teacher, student = GaussianTeacher(MEAN, 0.5, schedule), Constant(MEAN + 0.3, 0.8)
+    critic = Critic(GaussianTeacher(MEAN + 0.3, 0.8, schedule), CorrectionConfig())
+    part = corrector(teacher, direction="identity", alpha=alpha)
+    draw = part.draw(torch.Generator().manual_seed(0), 8, 1)
+    result = part.loss(student, critic, draw, Cond(), listens=True)  # type: ignore[arg-type]
+
+    at = schedule(draw.tau[:, 0])
+    a, sigma = (c.float()[:, None, None, None] for c in at)
+    x = student(draw.eps, torch.zeros(8), Cond())
+    x_tau = a * x + sigma * draw.noise[:, 0]
+    slope, slope_g = (a * s**2 / (a**2 * s**2 + sigma**2) for s in (0.5, 0.8))
+    f, f_g = (m + k * (x_tau - a * m) for m, k in ((MEAN, slope), (MEAN + 0.3, slope_g)))
+    d, d_slope = f - f_g, a * (slope - slope_g)
+    gradient = d_slope * (f - x - alpha * d) + d * (a * slope - 1 - alpha * d_slope)
+    scale = (x - f).abs().flatten(1).mean(1)[:, None, None, None] + 1e-4
+    assert torch.allclose(result.pull, 2 * (gradient / scale).square().flatten(1).mean(1).sqrt(), rtol=1e-3)
+    result.student.backward()
+    assert student.mean.grad is not None
+    assert torch.allclose(student.mean.grad, 2 * (gradient / scale).sum(0) / gradient.numel(), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v", "flow", "eps"])
@@ -98,11 +125,12 @@ def test_critic_learns_the_denoiser_of_the_samples(prediction: Any) -> None:
         assert float(corrected(teacher, student, other).critic) > best
 
 
-def test_student_and_critic_reach_the_teachers_gaussian() -> None:
+@pytest.mark.parametrize("direction", ["score", "identity"])
+def test_student_and_critic_reach_the_teachers_gaussian(direction: str) -> None:
     """From a wrong mean and width, with a critic that learns beside it."""
     teacher = GaussianTeacher(MEAN, 0.5, CosineVP())
     student, critic = Constant(MEAN + 0.5, 1.0), Critic(teacher, CorrectionConfig())
-    part, generator = corrector(teacher), torch.Generator().manual_seed(0)
+    part, generator = corrector(teacher, direction=direction), torch.Generator().manual_seed(0)
     of_critic = torch.optim.Adam([critic.net.get_parameter("means"), critic.net.get_parameter("stds")], lr=3e-2)
     of_student = torch.optim.Adam(student.parameters(), lr=5e-3)
     for step in range(500):

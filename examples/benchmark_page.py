@@ -1,0 +1,159 @@
+"""The page of `benchmark.py`: tables and curves of the cells there are. The curves need matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from bootcli.store.files import read_json
+
+
+def read_cells(folder: Path) -> list[dict[str, Any]]:
+    """Every measured cell, by name."""
+    return [read_json(path) for path in sorted(folder.glob("*.json"))]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of students: the same run at different seeds."""
+
+    objective: str
+    minutes: float
+    nfe: int
+    cells: Sequence[dict[str, Any]]
+
+    def values(self, key: str) -> list[float]:
+        """The numbers of all seeds."""
+        found = (row for cell in self.cells for row in cell["student"] if row["nfe"] == self.nfe)
+        return [float(row[key]) for row in found if key in row]
+
+    def text(self, key: str, digits: int) -> str:
+        """Their mean, and the standard deviation where there is more than one."""
+        values = self.values(key)
+        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{fmean(values):.{digits}f}{spread}" if values else ""
+
+
+def rows_of(cells: Sequence[dict[str, Any]], order: Sequence[str]) -> list[Row]:
+    """The students' cells, grouped; objectives in their order."""
+    keys = sorted(
+        {(c["objective"], c["minutes"], r["nfe"]) for c in cells if "objective" in c for r in c["student"]},
+        key=lambda key: (order.index(key[0]), key[1], key[2]),
+    )
+    return [
+        Row(*key, [c for c in cells if (c.get("objective"), c.get("minutes")) == key[:2]]) for key in keys
+    ]  # fmt: skip
+
+
+def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) -> str:
+    """The section of one teacher, in Markdown."""
+    facts = next((cell for cell in cells if "objective" in cell), cells[0])
+    lines = [
+        f"## `{teacher}`", "",
+        f"{facts['num_images']:,} images for each number; {facts['processor']}; torch {facts['torch']}.", "",
+        f"![FID against network calls]({teacher}/nfe.png) ![FID against training time]({teacher}/time.png)", "",
+        "| student | training | updates | network calls | FID | precision | recall | paired error | seeds |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]  # fmt: skip
+    for row in rows_of(cells, order):
+        updates = round(fmean(cell["updates"] for cell in row.cells))
+        numbers = (row.text("fid", 2), row.text("precision", 3), row.text("recall", 3), row.text("paired_mse", 4))
+        lines.append(
+            f"| {row.objective} | {row.minutes:g} min | {updates:,} | {row.nfe} | {' | '.join(numbers)} | "
+            f"{len(row.values('fid'))} |"
+        )
+    lines += ["", "| teacher | network calls | FID | precision | recall |", "|---|--:|--:|--:|--:|"]
+    solvers = {"ddim": "DDIM", "dpmsolver": "DPM-Solver++ 2M"}
+    teachers = [cell for cell in cells if cell["cell"].startswith("teacher-")]
+    for cell in sorted(teachers, key=lambda cell: (cell["cell"].split("-")[1], cell["nfe"])):
+        solver = solvers[cell["cell"].split("-")[1]]
+        lines.append(
+            f"| {solver} | {cell['nfe']} | {cell['fid']:.2f} | {cell['precision']:.3f} | {cell['recall']:.3f} |"
+        )
+    return "\n".join([*lines, *lever_table(cells), ""])
+
+
+def lever_table(cells: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each lever, below the student that it changes."""
+    levers = [cell for cell in cells if "lever" in cell]
+    if not levers:
+        return []
+    minutes = levers[0]["minutes"]
+    lines = [
+        "", "### One setting changed at a time", "",
+        f"Single runs of {minutes:g} minutes; the student that is changed comes first.", "",
+        "| student | setting | updates | FID | precision | recall | paired error |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]  # fmt: skip
+    for base in dict.fromkeys(cell["base"] for cell in levers):
+        plain = [c for c in cells if (c.get("objective"), c.get("minutes"), c.get("seed")) == (base, minutes, 0)]
+        changed = sorted((c for c in levers if c["base"] == base), key=lambda c: float(c["student"][0]["fid"]))
+        for cell in (*plain, *changed):
+            row = cell["student"][0]
+            quality = " | ".join(f"{row[key]:.3f}" for key in ("precision", "recall"))
+            lines.append(
+                f"| {base} | {cell.get('lever', '')} | {cell['updates']:,} | {row['fid']:.2f} | {quality} | "
+                f"{row['paired_mse']:.4f} |"
+            )
+    return lines
+
+
+def save_curves(cells: Sequence[dict[str, Any]], order: Sequence[str], folder: Path) -> None:
+    """FID against network calls, and against training time, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = rows_of(cells, order)
+    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    for key, label, style in (("ddim", "teacher, DDIM", "k-o"), ("dpmsolver", "teacher, DPM-Solver++", "k:s")):
+        line = sorted((c["nfe"], c["fid"]) for c in cells if c["cell"].startswith(f"teacher-{key}-"))
+        if line:
+            axes.plot(*zip(*line, strict=True), style, label=label, markersize=4)
+    for name in order:
+        longest = max((r.minutes for r in rows if r.objective == name), default=0)
+        line = [(r.nfe, fmean(r.values("fid"))) for r in rows if (r.objective, r.minutes) == (name, longest)]
+        if line:
+            axes.plot(*zip(*line, strict=True), "-*", label=f"{name}, {longest:g} min", markersize=10)
+    finish(axes, "network calls for an image", folder / "nfe.png", figure)
+
+    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    for name in order:
+        line = [(r.minutes, fmean(r.values("fid"))) for r in rows if (r.objective, r.nfe) == (name, 1)]
+        if line:
+            axes.plot(*zip(*line, strict=True), "-o", label=name)
+    for cell in cells:
+        if cell["cell"] in ("teacher-ddim-10", "teacher-ddim-50"):
+            axes.axhline(cell["fid"], color="black", linestyle=":", linewidth=1)
+            axes.annotate(f"teacher, {cell['nfe']} steps", (1, cell["fid"]), xycoords=("axes fraction", "data"),
+                          ha="right", va="bottom", fontsize=8)  # fmt: skip
+    finish(axes, "minutes of training", folder / "time.png", figure)
+
+
+def finish(axes: Any, label: str, path: Path, figure: Any) -> None:
+    """Scales, labels, file."""
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="FID")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=120)
+
+
+def write_page(folder: Path, order: Sequence[str]) -> None:
+    """docs/results.md from all cells of all teachers."""
+    parts = [
+        "# Results", "",
+        "Written by `python examples/benchmark.py --page` from the cells in `results/`, one JSON file each.",
+        "FID is in the teacher's own feature space and cannot be compared with Inception FID. Precision and recall are",
+        "those of Kynkäänniemi et al. 2019 (k = 3). The paired error is the mean square of the student's sample minus",
+        "the end of the teacher's own path from the same noise. Minutes are of training alone, on the machine named;",
+        "± is the standard deviation over seeds.", "",
+    ]  # fmt: skip
+    for teacher in sorted(path for path in folder.iterdir() if path.is_dir()):
+        cells = read_cells(teacher)
+        save_curves(cells, order, teacher)
+        parts.append(page(teacher.name, cells, order).replace(f"({teacher.name}/", f"({folder.name}/{teacher.name}/"))
+    (folder.parent / f"{folder.name}.md").write_text("\n".join(parts), encoding="utf-8")
