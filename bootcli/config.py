@@ -117,8 +117,8 @@ class FreeFlowConfig:
 
 
 @dataclass(frozen=True)
-class KDConfig:
-    """Direct distillation (`bootcli.objectives.kd`)."""
+class PathsConfig:
+    """Stored teacher paths (`bootcli.objectives.kd`)."""
 
     teacher_steps: Positive = 8
     """Teacher steps in a path."""
@@ -130,13 +130,19 @@ class KDConfig:
     """Paths that are kept."""
     reuse: Positive = 8
     """How often a path is drawn on average before a newer one takes its place."""
-    power: Power = 0.0
+
+
+@dataclass(frozen=True)
+class KDConfig(PathsConfig):
+    """Direct distillation (`bootcli.objectives.kd`)."""
+
+    power: Power = 0.5
     """As in boot."""
 
 
 @dataclass(frozen=True)
-class ReplayConfig(KDConfig):
-    """A replay buffer of teacher paths beside an objective that bootstraps (`bootcli.objectives.kd`)."""
+class ReplayConfig(PathsConfig):
+    """A replay buffer of teacher paths beside an objective that bootstraps, with the power of that."""
 
     share: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Part of the batch that learns from stored paths; 0: none are made."""
@@ -175,7 +181,7 @@ class CorrectionConfig:
 
 @dataclass(frozen=True)
 class RefinerConfig:
-    """Few-step refinement (`bootcli.objectives.refiner`), beside any objective."""
+    """Few-step refinement (`bootcli.objectives.refiner`), beside any objective and with its power."""
 
     share: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Part of the batch that learns to go on from a noised sample; 0: the student samples in one step only."""

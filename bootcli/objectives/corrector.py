@@ -11,9 +11,9 @@ one looks at the samples alone.
 | f_g, f | mu_fake, mu_real | what the critic and the teacher take x_tau for |
 | direction | | the student moves against it; of each sample, divided by ``mean |x - f|`` as DMD does |
 
-There are two directions. ``score`` is ``f_g - f``, VSD's and DMD's: the gradient of a KL divergence. ``identity`` is the
-gradient of ``(f - f_g) . ((f - x) - alpha (f - f_g))``, SiD's estimate of a Fisher divergence (Zhou et al. 2024, arXiv
-2404.04057, section 4). It goes back through both denoisers, which costs more, and disturbs the prediction less.
+There are two directions. ``score`` is ``f_g - f``, VSD's and DMD's: the gradient of a KL divergence. ``identity`` is
+the gradient of ``(f - f_g) . ((f - x) - alpha (f - f_g))``, SiD's estimate of a Fisher divergence (Zhou et al. 2024,
+arXiv 2404.04057, section 4). It goes back through both denoisers, which costs more, and disturbs the prediction less.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bootcli.config import KDConfig
+from bootcli.config import PathsConfig
 from bootcli.engine import Engine
 from bootcli.maths.signal_ode import solve
 from bootcli.objectives.base import Objective, Terms, adaptive, conditions, path_start
@@ -47,6 +47,7 @@ class KD(Objective[KDDraw]):
 
     Args:
         config: teacher steps, buffer.
+        power: of the `adaptive` weight of each error.
         teacher: the denoiser f.
         t_min: target time of a sample.
         t_max: where the path starts.
@@ -56,8 +57,11 @@ class KD(Objective[KDDraw]):
     objective that bootstraps (``replay.share``).
     """
 
-    def __init__(self, config: KDConfig, teacher: TeacherView, t_min: float, t_max: float, pool: Cond) -> None:
+    def __init__(
+        self, config: PathsConfig, power: float, teacher: TeacherView, t_min: float, t_max: float, pool: Cond
+    ) -> None:
         self.config = config
+        self.power = power
         self.teacher = teacher
         self.t_min = t_min
         self.t_max = t_max
@@ -135,9 +139,9 @@ class KD(Objective[KDDraw]):
         return KDDraw(draw.eps[rows].to(device), draw.rows[rows], draw.t[rows], draw.points[rows].to(device))
 
     def loss(self, student: Student, draw: KDDraw, cond: Cond) -> Terms:
-        """The squared error of y(eps, t, c) to the point of the teacher's path."""
+        """The weighted squared error of y(eps, t, c) to the point of the teacher's path."""
         square = (student(draw.eps, draw.t, cond) - draw.points).square().flatten(1).mean(1)
-        weight = adaptive(square, self.config.power)
+        weight = adaptive(square, self.power)
         loss = (weight * square).mean()
         pull = 2 * weight * square.detach().sqrt()
         return Terms(loss, {"regression": loss.detach()}, square.detach(), draw.t, pull)

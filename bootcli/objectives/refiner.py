@@ -15,7 +15,7 @@ from torch import Tensor
 from bootcli.config import RefinerConfig
 from bootcli.maths.prediction import from_x0
 from bootcli.maths.signal_ode import from_signal, solve
-from bootcli.objectives.base import conditions
+from bootcli.objectives.base import adaptive, conditions
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond
 from bootcli.teachers.view import TeacherView
@@ -43,13 +43,15 @@ class Refiner:
 
     Args:
         config: times, teacher steps.
+        power: of the `adaptive` weight of each error.
         teacher: the denoiser f.
         t_min: target time of a sample.
         t_max: the noisiest time.
     """
 
-    def __init__(self, config: RefinerConfig, teacher: TeacherView, t_min: float, t_max: float) -> None:
+    def __init__(self, config: RefinerConfig, power: float, teacher: TeacherView, t_min: float, t_max: float) -> None:
         self.config = config
+        self.power = power
         self.teacher = teacher
         self.t_min = t_min
         self.times = torch.tensor([t_min + share * (t_max - t_min) for share in config.times], dtype=torch.float64)
@@ -67,7 +69,7 @@ class Refiner:
         return RefinerDraw(draw.eps[rows].to(device), draw.rows[rows], draw.start[rows], draw.noise[rows].to(device))
 
     def loss(self, student: Student, draw: RefinerDraw, cond: Cond) -> Tensor:
-        """Mean squared error of the student, started from its own noised sample, to the end of the teacher's path."""
+        """Weighted squared error, to the end of the teacher's path, of the student started from its own noised sample."""
         t_min = torch.full_like(draw.start, self.t_min)
 
         def denoiser(x: Tensor, at: Tensor) -> Tensor:
@@ -81,4 +83,5 @@ class Refiner:
             eps = from_x0("eps", f, x, schedule(draw.start))
             end = solve(denoiser, schedule, f, eps, draw.start, t_min, config.solver, config.teacher_steps)
         y: Tensor = student(x, t_min, cond, draw.start)
-        return (y - end).square().mean()
+        square = (y - end).square().flatten(1).mean(1)
+        return (adaptive(square, self.power) * square).mean()

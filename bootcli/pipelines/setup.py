@@ -140,14 +140,16 @@ def set_up(teacher: Teacher, config: DistillConfig, engine: Engine, *, fresh: bo
     if config.corrector:
         corrector = Corrector(config.correction, view, config.student.t_min, t_max)
         critic = Critic(teacher, config.correction).to(engine.device)
-    refiner = Refiner(config.refiner, view, config.student.t_min, t_max) if config.refiner.share else None
+    # The parts beside the prediction weigh their errors as it does, so that shares mean what they say.
+    power = {"boot": config.boot.power, "freeflow": config.freeflow.power, "kd": config.kd.power}[config.objective]
+    refiner = Refiner(config.refiner, power, view, config.student.t_min, t_max) if config.refiner.share else None
     if config.optimizer.compile:
         student.net.compile()
         teacher.net.compile()
         if critic is not None and critic.net is not teacher.net:
             critic.net.compile()
     objective = make_objective(config, view, pool, t_max)
-    replay = KD(config.replay, view, config.student.t_min, t_max, pool) if config.replay.share else None
+    replay = KD(config.replay, power, view, config.student.t_min, t_max, pool) if config.replay.share else None
     return Distillation(
         view=view,
         conditions=pool,
@@ -171,7 +173,7 @@ def make_objective(config: DistillConfig, view: TeacherView, pool: Cond, t_max: 
         case "freeflow":
             return FreeFlow(config.freeflow, view, t_min, t_max)
         case "kd":
-            return KD(config.kd, view, t_min, t_max, pool)
+            return KD(config.kd, config.kd.power, view, t_min, t_max, pool)
         case _:
             assert_never(config.objective)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bootcli.closed_form import GaussianMixtureTeacher, GaussianTeacher
-from bootcli.config import KDConfig
+from bootcli.config import PathsConfig
 from bootcli.engine import Engine
 from bootcli.maths.schedule import CosineVP
 from bootcli.objectives.kd import FIRST_FILL, KD, KDDraw
@@ -17,9 +17,11 @@ from bootcli.teachers.view import TeacherView
 from tests.objectives.closed import DDPM, MEAN, Exact
 
 
-def objective(teacher: GaussianMixtureTeacher | None = None, pool: Cond | None = None, **config: Any) -> KD:
+def objective(
+    teacher: GaussianMixtureTeacher | None = None, pool: Cond | None = None, power: float = 0.0, **config: Any
+) -> KD:
     teacher = teacher or GaussianTeacher(MEAN, 0.5, DDPM)
-    return KD(KDConfig(**config), TeacherView(teacher), 0.0, 0.8, pool or Cond())
+    return KD(PathsConfig(**config), power, TeacherView(teacher), 0.0, 0.8, pool or Cond())
 
 
 def renewed(kd: KD, steps: int, batch_size: int = 8, first: int = 1) -> KD:
@@ -46,12 +48,13 @@ def test_targets_are_points_of_the_exact_paths(points: int) -> None:
     assert 2.5 < float(errors[1] / errors[2]) < 8
 
 
-def test_loss_is_the_squared_error_and_pull_its_gradient() -> None:
+@pytest.mark.parametrize(("power", "expected"), [(0.0, 0.25), (0.5, 0.5), (1.0, 1.0)])
+def test_loss_is_the_weighted_error_and_pull_its_gradient(power: float, expected: float) -> None:
     teacher = GaussianTeacher(MEAN, 0.0, DDPM)
-    kd = renewed(objective(teacher), 1)
+    kd = renewed(objective(teacher, power=power), 1)
     student = Exact(teacher, 0.8, shift=0.5)
     terms = kd.loss(student, draw(kd), Cond())  # type: ignore[arg-type]
-    assert terms.loss.item() == pytest.approx(0.25, rel=1e-4)
+    assert terms.loss.item() == pytest.approx(expected, rel=1e-3)
     (gradient,) = torch.autograd.grad(terms.loss, student.shift)
     assert float(gradient) == pytest.approx(float(terms.pull.mean()), rel=1e-4)
 

@@ -35,13 +35,13 @@ class Ideal(nn.Module):
         return mean + s * (eps - alpha * mean) / width + self.shift
 
 
-def refiner(teacher: GaussianTeacher, teacher_steps: int, times: tuple[float, ...] = (0.6, 0.4, 0.2)) -> Refiner:
-    config = RefinerConfig(share=0.1, times=times, teacher_steps=teacher_steps)
-    return Refiner(config, TeacherView(teacher), 0.0, 1.0)
+def refiner(teacher: GaussianTeacher, teacher_steps: int, power: float = 0.0) -> Refiner:
+    config = RefinerConfig(share=0.1, teacher_steps=teacher_steps)
+    return Refiner(config, power, TeacherView(teacher), 0.0, 1.0)
 
 
-def loss(teacher: GaussianTeacher, teacher_steps: int, shift: float = 0.0) -> float:
-    part, student = refiner(teacher, teacher_steps), Ideal(teacher)
+def loss(teacher: GaussianTeacher, teacher_steps: int, shift: float = 0.0, power: float = 0.0) -> float:
+    part, student = refiner(teacher, teacher_steps, power), Ideal(teacher)
     with torch.no_grad():
         student.shift.fill_(shift)
     return float(part.loss(student, part.draw(torch.Generator().manual_seed(0), 300, 1), Cond()).detach())  # type: ignore[arg-type]
@@ -60,10 +60,12 @@ def test_point_mass_is_exact_and_a_shift_shows_in_full() -> None:
     teacher = GaussianTeacher(MEAN, 0.0, CosineVP())
     assert loss(teacher, 1) < 1e-10
     assert loss(teacher, 1, shift=0.5) == pytest.approx(0.25, rel=1e-4)
+    assert loss(teacher, 1, shift=0.5, power=0.5) == pytest.approx(0.5, rel=1e-3)
 
 
 def test_draw_takes_the_configured_times_in_turn() -> None:
-    part = Refiner(RefinerConfig(times=(0.5, 0.25)), TeacherView(GaussianTeacher(MEAN, 0.5, CosineVP())), 0.1, 0.9)
+    teacher = TeacherView(GaussianTeacher(MEAN, 0.5, CosineVP()))
+    part = Refiner(RefinerConfig(times=(0.5, 0.25)), 0.0, teacher, 0.1, 0.9)
     draw = part.draw(torch.Generator().manual_seed(0), 10, 4)
     assert sorted(set(draw.start.tolist())) == pytest.approx([0.3, 0.5])
     assert (draw.start == draw.start[0]).sum() == 5
