@@ -69,7 +69,7 @@ class Refiner:
         return RefinerDraw(draw.eps[rows].to(device), draw.rows[rows], draw.start[rows], draw.noise[rows].to(device))
 
     def loss(self, student: Student, draw: RefinerDraw, cond: Cond) -> Tensor:
-        """Weighted squared error, to the end of the teacher's path, of the student started from its own noised sample."""
+        """Weighted squared error of the student, from its own noised sample, to the end of the teacher's path there."""
         t_min = torch.full_like(draw.start, self.t_min)
 
         def denoiser(x: Tensor, at: Tensor) -> Tensor:
