@@ -34,6 +34,9 @@ from bootcli.teachers.view import TeacherView
 
 FIRST = 1e-2
 """Smallest noise level, as a share of t_max: below it both denoisers return their input."""
+LEAST_PULL = 1e-2
+"""Correction pulls count as at least this: a critic that is still the teacher pulls by 0. Directions are divided by the
+error of the denoiser, so a pull of 1 is usual."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Balance:
     @property
     def ratio(self) -> float:
         """What makes the correction pull as the prediction does."""
-        return self.prediction / (self.correction + 1e-12) if self.updates else 0.0
+        return self.prediction / max(self.correction, LEAST_PULL)
 
     def updated(self, prediction: float, correction: float) -> Balance:
         """After another update; the newest 20 or so count."""
@@ -145,7 +148,7 @@ class Corrector:
         with torch.set_grad_enabled(listens):
             x = student(draw.eps, torch.full((n,), self.t_min, dtype=torch.float64), cond)
         # A new leaf: what goes back through the denoisers stops here, as a direction for the student.
-        samples = x.detach().repeat_interleave(m, 0).requires_grad_(listens and self.config.direction == "identity")
+        samples = x.detach().repeat_interleave(m, 0).requires_grad_(self.config.direction == "identity")
         tau, noise = draw.tau.flatten(), draw.noise.flatten(0, 1)
         at, each = spec.schedule(tau), cond.rows(torch.arange(n).repeat_interleave(m))
         x_tau = from_signal(samples, noise, at)

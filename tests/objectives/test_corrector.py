@@ -181,6 +181,17 @@ def test_balance_is_the_mean_of_the_updates_so_far() -> None:
     for _ in range(200):
         balance = balance.updated(1.0, 4.0)
     assert balance.ratio == pytest.approx(0.25, rel=1e-3)
+    assert Balance().updated(1.0, 0.0).ratio < 1000, "a critic that is still the teacher"
+
+
+@pytest.mark.parametrize("direction", ["score", "identity"])
+def test_pull_is_the_same_while_the_critic_warms_up(direction: str) -> None:
+    """So that the balance fits from the first update at which the student listens."""
+    teacher, student = GaussianTeacher(MEAN, 0.5, CosineVP()), Constant(MEAN + 0.3, 0.5)
+    critic = Critic(GaussianTeacher(MEAN + 0.3, 0.8, CosineVP()), CorrectionConfig())
+    first, later = (corrected(teacher, student, critic, 8, listens=on, direction=direction) for on in (False, True))
+    assert torch.allclose(first.pull, later.pull)
+    assert first.pull.mean() > 0.01
 
 
 def test_lora_critic_shares_the_teachers_weights(tiny_teacher: Teacher) -> None:
