@@ -13,7 +13,8 @@ nothing blows up where alpha_t = 0 or sigma_s = 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal, assert_never
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from bootcli.maths.broadcast import like
 from bootcli.maths.schedule import Coefficients, Schedule
 
-Solver = Literal["euler", "midpoint", "heun"]
+Solver = Literal["euler", "midpoint", "heun", "multistep"]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """f(x_t, t): x_t of shape (b, ...), t of shape (b,), returns x_0 of shape (b, ...)."""
 
@@ -71,7 +72,7 @@ def solve_step(
     match solver:
         case "euler":
             pass
-        case "midpoint":
+        case "midpoint" | "multistep":  # one step has no earlier ones to learn from
             middle = (t + s) / 2
             at_middle = schedule(middle)
             y_middle = exact_step(y_t, f, step_ratio(at_t, at_middle))
@@ -95,8 +96,32 @@ def solve(
     solver: Solver,
     steps: int,
 ) -> Tensor:
-    """`solve_step` repeated: ``steps`` steps of equal length in t from t to s. Shapes as there."""
-    for i in range(steps):
-        left, right = torch.lerp(t, s, i / steps), torch.lerp(t, s, (i + 1) / steps)
+    """`solve_step` repeated: ``steps`` steps of equal length in t from t to s. Shapes as there.
+
+    ``multistep`` (order 2, one evaluation a step and one more) has f half-way by extrapolation from the starts of this
+    step and the one before, ``(3 f - f_before) / 2``; its first step is midpoint's.
+    """
+    starts = [torch.lerp(t, s, i / steps) for i in range(steps + 1)]
+    if solver == "multistep":
+        return _multistep(denoiser, schedule, y_t, eps, starts)
+    for left, right in pairwise(starts):
         y_t = solve_step(denoiser, schedule, y_t, eps, left, right, solver)
     return y_t
+
+
+def _multistep(denoiser: Denoiser, schedule: Schedule, y: Tensor, eps: Tensor, times: Sequence[Tensor]) -> Tensor:
+    """Steps of equal length along ``times``; see `solve`."""
+    before: Tensor | None = None
+    for t, s in pairwise(times):
+        at_t = schedule(t)
+        f = denoiser(from_signal(y, eps, at_t), t)
+        if before is None:
+            middle = (t + s) / 2
+            at_middle = schedule(middle)
+            y_middle = exact_step(y, f, step_ratio(at_t, at_middle))
+            half_way = denoiser(from_signal(y_middle, eps, at_middle), middle)
+        else:
+            half_way = (3 * f - before) / 2
+        y = exact_step(y, half_way, step_ratio(at_t, schedule(s)))
+        before = f
+    return y

@@ -1,6 +1,7 @@
 """The Signal-ODE: equal to DDIM, to diffusers and to exact solutions; orders of convergence measured."""
 
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,16 @@ from torch import Tensor
 from bootcli.closed_form import GaussianMixtureTeacher, GaussianTeacher
 from bootcli.maths.sampling import ddim, ddim_step
 from bootcli.maths.schedule import CosineVP, DiscreteVP, LinearPath, Schedule, VarianceExploding, vp_table
-from bootcli.maths.signal_ode import Denoiser, Solver, exact_step, from_signal, solve_step, step_ratio, to_signal
+from bootcli.maths.signal_ode import (
+    Denoiser,
+    Solver,
+    exact_step,
+    from_signal,
+    solve,
+    solve_step,
+    step_ratio,
+    to_signal,
+)
 
 DDPM = vp_table(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
 SCHEDULES = [LinearPath(), CosineVP(), DDPM, VarianceExploding()]
@@ -22,10 +32,11 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def solve(denoiser: Denoiser, schedule: Schedule, y: Tensor, eps: Tensor, times: Tensor, solver: Solver) -> Tensor:
-    for t, s in pairwise(times):
-        y = solve_step(denoiser, schedule, y, eps, t.expand(len(y)), s.expand(len(y)), solver)
-    return y
+def path(
+    f: Denoiser, schedule: Schedule, y: Tensor, eps: Tensor, ends: tuple[float, float], steps: int, solver: Solver
+) -> Tensor:
+    t, s = (torch.full((len(y),), end, dtype=torch.float64) for end in ends)
+    return solve(f, schedule, y, eps, t, s, solver, steps)
 
 
 def two_clusters(schedule: Schedule) -> GaussianMixtureTeacher:
@@ -75,7 +86,9 @@ def test_sampler_is_the_signal_ode_with_euler_steps() -> None:
     times = torch.linspace(0.99, 0.01, 20, dtype=torch.float64)
     at_start, at_end = (CosineVP()(times[i].expand(8)) for i in (0, -1))
     *_, x = ddim(teacher.denoise, CosineVP(), eps, times)
-    y = solve(teacher.denoise, CosineVP(), to_signal(eps, eps, at_start), eps, times, "euler")
+    y = to_signal(eps, eps, at_start)
+    for t, s in pairwise(times):
+        y = solve_step(teacher.denoise, CosineVP(), y, eps, t.expand(len(y)), s.expand(len(y)), "euler")
     assert (from_signal(y, eps, at_end) - x).abs().max() < 1e-12
 
 
@@ -86,7 +99,7 @@ def test_sampler_yields_every_state_and_ends_at_x0() -> None:
     assert (states[-1] - 0.7).abs().max() < 1e-15
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("multistep", 2)])
 @every_schedule
 def test_order_of_convergence(schedule: Schedule, solver: Solver, order: int) -> None:
     """The slope of log error over log step is the order, on a stretch of the path where f is smooth."""
@@ -94,8 +107,7 @@ def test_order_of_convergence(schedule: Schedule, solver: Solver, order: int) ->
     counts = (16, 32, 64, 128)
 
     def end(steps: int, solver: Solver) -> Tensor:
-        times = torch.linspace(0.7, 0.3, steps + 1, dtype=torch.float64)
-        return solve(teacher.denoise, schedule, y, eps, times, solver)
+        return path(teacher.denoise, schedule, y, eps, (0.7, 0.3), steps, solver)
 
     reference = end(1024, "midpoint")
     errors = [(end(steps, solver) - reference).square().mean().sqrt() for steps in counts]
@@ -103,17 +115,16 @@ def test_order_of_convergence(schedule: Schedule, solver: Solver, order: int) ->
     assert abs(slope - order) < 0.12
 
 
-@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun"])
+@pytest.mark.parametrize("solver", get_args(Solver))
 @every_schedule
 def test_gaussian_path_is_reached(schedule: Schedule, solver: Solver) -> None:
     """Many small steps end on the closed form of `GaussianTeacher.exact_signal`, which pins both."""
     start = schedule.largest_t(20.0)
     teacher = GaussianTeacher(torch.tensor([[[-0.5, 0.8]]], dtype=torch.float64), 0.4, schedule)
     eps, full = noise(4, 1, 1, 2), torch.full((4,), start, dtype=torch.float64)
-    times = torch.linspace(start, start / 10, 201, dtype=torch.float64)
     y = teacher.denoise(schedule(full).sigma.reshape(-1, 1, 1, 1) * eps, full)
     assert (y - teacher.exact_signal(eps, full, start)).abs().max() < 1e-14
-    y = solve(teacher.denoise, schedule, y, eps, times, solver)
+    y = path(teacher.denoise, schedule, y, eps, (start, start / 10), 200, solver)
     exact = teacher.exact_signal(eps, full / 10, start)
     assert (y - exact).abs().max() < (2e-2 if solver == "euler" else 5e-4)
 
@@ -125,7 +136,7 @@ def test_gaussian_path_at_t_0_is_a_scaled_sample() -> None:
         assert (teacher.exact_signal(eps, torch.zeros(4)) - 0.4 * eps).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun"])
+@pytest.mark.parametrize("solver", get_args(Solver))
 @pytest.mark.parametrize("schedule", [LinearPath(), CosineVP()], ids=lambda s: type(s).__name__)
 def test_both_ends_are_finite(schedule: Schedule, solver: Solver) -> None:
     """alpha = 0 at the start and sigma = 0 at the end, even with a denoiser that is undefined at sigma = 0."""
@@ -136,13 +147,24 @@ def test_both_ends_are_finite(schedule: Schedule, solver: Solver) -> None:
         return teacher.denoise(x_t, t).masked_fill(undefined, torch.nan)
 
     y = teacher.denoise(eps, torch.ones(4))
-    assert solve(denoise, schedule, y, eps, torch.linspace(1, 0, 11).double(), solver).isfinite().all()
+    assert path(denoise, schedule, y, eps, (1.0, 0.0), 10, solver).isfinite().all()
+
+
+def test_multistep_asks_once_a_step() -> None:
+    teacher, asked = two_clusters(DDPM), []
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        asked.append(float(t[0]))
+        return teacher.denoise(x_t, t)
+
+    path(denoise, DDPM, noise(2, 1, 2, 2), noise(2, 1, 2, 2, seed=1), (0.8, 0.4), 4, "multistep")
+    assert asked == pytest.approx([0.8, 0.75, 0.7, 0.6, 0.5])
 
 
 def test_each_sample_steps_from_its_own_time() -> None:
     teacher, y, eps = two_clusters(DDPM), noise(3, 1, 2, 2), noise(3, 1, 2, 2, seed=1)
     t, s = torch.tensor([0.3, 0.6, 0.9]).double(), torch.tensor([0.1, 0.5, 0.0]).double()
-    for solver in ("euler", "midpoint", "heun"):
+    for solver in get_args(Solver):
         together = solve_step(teacher.denoise, DDPM, y, eps, t, s, solver)
         for i in range(3):
             row = slice(i, i + 1)

@@ -36,7 +36,7 @@ def draw(kd: KD, n: int = 64) -> KDDraw:
 
 @pytest.mark.parametrize("points", [1, 4])
 def test_targets_are_points_of_the_exact_paths(points: int) -> None:
-    """The error falls as the square of the number of midpoint steps; times and points belong together."""
+    """The error falls with the square of the number of steps, or faster; times and points belong together."""
     errors = []
     for steps in (8, 16, 32):
         kd = renewed(objective(teacher_steps=steps, points=points), 1)
@@ -44,8 +44,8 @@ def test_targets_are_points_of_the_exact_paths(points: int) -> None:
         assert set(batch.t.tolist()) == {0.8 * k / points for k in range(points)}
         errors.append(kd.loss(Exact(GaussianTeacher(MEAN, 0.5, DDPM), 0.8), batch, Cond()).residual.mean().sqrt())  # type: ignore[arg-type]
     assert errors[0] < 0.08
-    assert 2.5 < float(errors[0] / errors[1]) < 8
-    assert 2.5 < float(errors[1] / errors[2]) < 8
+    assert errors[0] / errors[1] > 2.5
+    assert errors[1] / errors[2] > 2.5
 
 
 @pytest.mark.parametrize(("power", "expected"), [(0.0, 0.25), (0.5, 0.5), (1.0, 1.0)])
