@@ -6,8 +6,8 @@
     python examples/benchmark.py --page           # write docs/results.md and its curves from the cells there are
 
 Each cell is one JSON file in docs/results/<teacher>/, written once. A student is trained in one run: its state after 5
-minutes is kept going to 20 and to 60, so the learning rate has to be constant; what counts is training time alone,
-without previews and scores. Run it on an idle machine. The curves need matplotlib (`benchmark_page.py`).
+minutes is kept going to 20 and to 60, so the learning rate knows no end; what counts is training time alone, without
+previews and scores. Run it on an idle machine. The curves need matplotlib (`benchmark_page.py`).
 """
 
 from __future__ import annotations
@@ -67,10 +67,13 @@ LEVERS: tuple[tuple[str, dict[str, object]], ...] = (
     ("default", {"correction.balance": 4.0}),
     ("default", {"correction.tau_power": 0.5}),
     ("default", {"correction.critic": "lora"}),
-    ("default", {"kd.reuse": 4}),
-    ("default", {"kd.reuse": 64}),
-    ("default", {"kd.teacher_steps": 16, "kd.solver": "euler"}),
+    ("default", {"kd.power": 0.0}),
+    ("default", {"kd.power": 1.0}),
+    ("default", {"kd.reuse": 2}),
+    ("default", {"kd.reuse": 32}),
+    ("default", {"kd.teacher_steps": 6, "kd.solver": "midpoint"}),
     ("default", {"optimizer.ema_ramp": 9.0}),
+    ("default", {"optimizer.decay": "constant"}),
     ("default", {"optimizer.name": "adamw"}),
     ("default", {"batch_size": 64}),
     ("default", {"learning_rate": 3e-3}),
@@ -90,7 +93,7 @@ LEVERS: tuple[tuple[str, dict[str, object]], ...] = (
     ("boot", {"boot.weight": "target"}),
 )
 """Settings changed one at a time, of which student."""
-ENDLESS = {"steps": 10_000_000, "optimizer.decay": "constant", "preview_every": 0, "checkpoint_every": 500}
+ENDLESS = {"steps": 10_000_000, "optimizer.decay": "inverse-sqrt", "preview_every": 0, "checkpoint_every": 500}
 
 
 @dataclass(frozen=True)
