@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import assert_never
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bootcli.config import DistillConfig, OptimizerConfig
 from bootcli.muon import Muon
@@ -56,3 +57,19 @@ def learning_rate(config: OptimizerConfig, peak: float, step: int, steps: int, t
         "inverse-sqrt": 1 / math.sqrt(max(1.0, step / config.decay_after)),
     }
     return peak * factor[config.decay]
+
+
+def optimizer_tensors(name: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimiser for a checkpoint: ``name.parameter.slot`` to tensor."""
+    state = optimizer.state_dict()["state"]
+    return {f"{name}.{i}.{slot}": value for i, slots in state.items() for slot, value in slots.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Take back what `optimizer_tensors` gave, names without their first part. Raises `ValueError` where it does not
+    fit."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, slot = name.split(".")
+        slots.setdefault(int(index), {})[slot] = tensor
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -23,7 +23,7 @@ from bootcli.objectives.base import Objective, Terms
 from bootcli.objectives.corrector import Balance, Corrector, CorrectorDraw
 from bootcli.objectives.kd import KD, KDDraw
 from bootcli.objectives.refiner import Refiner, RefinerDraw
-from bootcli.optimizer import learning_rate, make_optimizer
+from bootcli.optimizer import learning_rate, load_optimizer, make_optimizer, optimizer_tensors
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond
 
@@ -287,10 +287,10 @@ class Trainer:
         """Everything a resumed run needs: tensors, and JSON-able facts."""
         tensors = {f"student.{name}": p.detach() for name, p in self.work.student.state_dict().items()}
         tensors |= {f"ema.{name}": p for name, p in self.ema.weights.items()}
-        tensors |= _optimizer_tensors("optimizer", self.optimizer)
+        tensors |= optimizer_tensors("optimizer", self.optimizer)
         if self.work.critic is not None and self.critic_optimizer is not None:
             tensors |= {f"critic.{name}": p for name, p in self.work.critic.trained().items()}
-            tensors |= _optimizer_tensors("critic_optimizer", self.critic_optimizer)
+            tensors |= optimizer_tensors("critic_optimizer", self.critic_optimizer)
         tensors |= {f"objective.{name}": tensor for name, tensor in self.work.objective.state().items()}
         if self.work.replay is not None:
             tensors |= {f"replay.{name}": tensor for name, tensor in self.work.replay.state().items()}
@@ -311,10 +311,10 @@ class Trainer:
         self.work.student.load_state_dict(_below(tensors, "student."))
         averages = _below(tensors, "ema.")
         self.ema.weights = {name: averages[name].to(p.device) for name, p in self.ema.weights.items()}
-        _load_optimizer(self.optimizer, _below(tensors, "optimizer."))
+        load_optimizer(self.optimizer, _below(tensors, "optimizer."))
         if self.work.critic is not None and self.critic_optimizer is not None:
             self.work.critic.load_trained(_below(tensors, "critic."))
-            _load_optimizer(self.critic_optimizer, _below(tensors, "critic_optimizer."))
+            load_optimizer(self.critic_optimizer, _below(tensors, "critic_optimizer."))
         self.work.objective.load_state(_below(tensors, "objective."))
         if self.work.replay is not None:
             self.work.replay.load_state(_below(tensors, "replay."))
@@ -356,19 +356,6 @@ def report(step: int, loss: float, terms: list[Terms], norm: float, rate: float,
         seconds=seconds,
         images=len(residual),
     )
-
-
-def _optimizer_tensors(name: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{name}.{i}.{slot}": value for i, slots in state.items() for slot, value in slots.items()}
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, slot = name.split(".")
-        slots.setdefault(int(index), {})[slot] = tensor
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

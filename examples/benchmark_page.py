@@ -119,7 +119,8 @@ def save_curves(cells: Sequence[dict[str, Any]], order: Sequence[str], folder: P
         line = [(r.nfe, fmean(r.values("fid"))) for r in rows if (r.objective, r.minutes) == (name, longest)]
         if line:
             axes.plot(*zip(*line, strict=True), "-*", label=f"{name}, {longest:g} min", markersize=10)
-    finish(axes, "network calls for an image", folder / "nfe.png", figure)
+    calls = {r.nfe for r in rows} | {c["nfe"] for c in cells if c["cell"].startswith("teacher-")}
+    finish(axes, "network calls for an image", calls, folder / "nfe.png", figure)
 
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
     for name in order:
@@ -131,12 +132,18 @@ def save_curves(cells: Sequence[dict[str, Any]], order: Sequence[str], folder: P
             axes.axhline(cell["fid"], color="black", linestyle=":", linewidth=1)
             axes.annotate(f"teacher, {cell['nfe']} steps", (1, cell["fid"]), xycoords=("axes fraction", "data"),
                           ha="right", va="bottom", fontsize=8)  # fmt: skip
-    finish(axes, "minutes of training", folder / "time.png", figure)
+    finish(axes, "minutes of training", {r.minutes for r in rows}, folder / "time.png", figure)
 
 
-def finish(axes: Any, label: str, path: Path, figure: Any) -> None:
-    """Scales, labels, file."""
-    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="FID")
+def finish(axes: Any, label: str, at: set[float], path: Path, figure: Any) -> None:
+    """Scales, numbers on them as people write them (what was measured ``at`` below), labels, file."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="FID", xticks=sorted(at))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=120)

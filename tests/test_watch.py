@@ -143,6 +143,15 @@ def test_a_beginner_is_not_warned(settings: dict[str, object], tmp_path: Path) -
     assert [e.step for e in events if isinstance(e, Warned)] == [3]
 
 
+@pytest.mark.parametrize(("steps", "warned"), [(5, True), (6, False)])
+def test_a_corrector_that_would_never_act_is_told(
+    steps: int, warned: bool, settings: dict[str, object], tmp_path: Path
+) -> None:
+    late = {"corrector": True, "correction.start": 3, "correction.warmup": 2, "watch.every": 0, "steps": steps}
+    events = distill(resolve_config(settings | late, {}, {}), tmp_path / "run")
+    assert warned == any("after 5 updates" in e.message for e in events if isinstance(e, Warned))
+
+
 def test_without_a_reference_only_diversity_is_watched(tiny_ddpm: Path, tmp_path: Path) -> None:
     config = resolve_config(
         {"teacher": str(tiny_ddpm), "steps": 2, "batch_size": 8, "preview_teacher_steps": 2}, {}, {}

@@ -110,6 +110,13 @@ class _Session:
     def events(self) -> Iterator[Event]:
         """Train to the end, or to the signal that stops it."""
         began, first, ended_by = time.perf_counter(), self.trainer.step, "steps"
+        quiet = self.config.correction.start + self.config.correction.warmup
+        if self.work.corrector is not None and self.config.steps <= quiet:
+            yield Warned(
+                first,
+                f"The corrector moves the student after {quiet} updates (correction.start and correction.warmup), and "
+                f"this run ends at {self.config.steps}. Take more --steps, a lower correction.start or --no-corrector.",
+            )
         with watch_signals() as wish:
             reports = self.trainer.run()
             while True:
