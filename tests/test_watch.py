@@ -138,7 +138,8 @@ def test_a_real_score_sees_noise_and_collapse(settings: dict[str, object], tmp_p
 
 
 def test_a_beginner_is_not_warned(settings: dict[str, object], tmp_path: Path) -> None:
-    events = list(distill(resolve_config(settings | {"steps": 3, "watch.every": 2}, {}, {}), tmp_path / "run"))
+    short = settings | {"steps": 3, "watch.every": 2, "corrector": False}
+    events = list(distill(resolve_config(short, {}, {}), tmp_path / "run"))
     assert [e.score.step for e in events if isinstance(e, Scored)] == [2, 3]
     assert [e.step for e in events if isinstance(e, Warned)] == [3]
 
