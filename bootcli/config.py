@@ -130,6 +130,8 @@ class PathsConfig:
     """Paths that are kept."""
     reuse: Positive = 8
     """How often a path is drawn on average before a newer one takes its place."""
+    adversary: Annotated[float, Ge(0)] = 0.0
+    """Pull of the adversary beside the regression, in units of its own; 0: there is none."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,22 @@ class CorrectionConfig:
     lora_rank: Positive = 32
     learning_rate_scale: PositiveFloat = 1.0
     """Learning rate of the critic, in units of the student's."""
+
+
+@dataclass(frozen=True)
+class AdversaryConfig:
+    """The adversary (`bootcli.objectives.adversary`), where ``kd.adversary`` or ``replay.adversary`` asks for one."""
+
+    start: Count = 0
+    """Updates before there is a judge."""
+    warmup: Count = 100
+    """Updates in which the judge learns and the student does not listen yet."""
+    levels: tuple[Fraction, Fraction] = (0.01, 0.15)
+    """Least and greatest noise that it looks through, as fractions of the time range."""
+    width: Positive = 64
+    """Channels of the judge."""
+    learning_rate_scale: PositiveFloat = 1.0
+    """Learning rate of the judge, in units of the student's."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +264,7 @@ class DistillConfig:
     kd: KDConfig = field(default_factory=KDConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     refiner: RefinerConfig = field(default_factory=RefinerConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
 

@@ -6,10 +6,9 @@ It begins as the teacher, either as a full copy or as a LoRA on the teacher's ow
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from bootcli.config import CorrectionConfig
@@ -49,17 +48,6 @@ class Critic(nn.Module):
         """The raw prediction, (b, c, h, w); t (b,) float64 on the CPU."""
         with self._adapted():
             return self.teacher.predict(self.net, x_t, t, cond)
-
-    def trained(self) -> dict[str, Tensor]:
-        """The parameters that learn, by name."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
-
-    def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what `trained` gave. Raises `KeyError` or `RuntimeError` where it does not fit."""
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(tensors[name])
 
     @contextmanager
     def _adapted(self) -> Iterator[None]:

@@ -65,11 +65,11 @@ def optimizer_tensors(name: str, optimizer: torch.optim.Optimizer) -> dict[str, 
     return {f"{name}.{i}.{slot}": value for i, slots in state.items() for slot, value in slots.items()}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Take back what `optimizer_tensors` gave, names without their first part. Raises `ValueError` where it does not
-    fit."""
+def load_optimizer(name: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Take back what `optimizer_tensors` gave, among other tensors. Raises `ValueError` where it does not fit."""
     slots: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, slot = name.split(".")
-        slots.setdefault(int(index), {})[slot] = tensor
+    for key, tensor in tensors.items():
+        if key.startswith(f"{name}."):
+            index, slot = key.removeprefix(f"{name}.").split(".")
+            slots.setdefault(int(index), {})[slot] = tensor
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -199,6 +200,23 @@ def output_layer_is_last(probe: Probe) -> None:
     need(torch.equal(silent, probe.predict(0.5, net=net)), "other layers still speak when output_layer is zero.")
 
 
+def feature_layers_give_maps(probe: Probe) -> None:
+    """The feature layers are modules of the given net, run once and in their order, and give maps (b, c, h, w)."""
+    net = copy.deepcopy(probe.teacher.net)
+    layers = list(probe.teacher.feature_layers(net))
+    modules = list(net.modules())
+    need(all(any(layer is module for module in modules) for layer in layers), "a feature layer is no module of net.")
+    seen: list[tuple[int, Any]] = []
+    for place, layer in enumerate(layers):
+        layer.register_forward_hook(lambda module, args, output, place=place: seen.append((place, output)))
+    probe.predict(0.5, net=net)
+    order = [place for place, _ in seen]
+    need(order == list(range(len(layers))), f"the feature layers run in the order {order}.")
+    for _, output in seen:
+        fits = isinstance(output, torch.Tensor) and output.ndim == 4 and len(output) == 2
+        need(fits and output.is_floating_point(), "a feature layer does not give maps (b, channels, height, width).")
+
+
 def gradient_checkpointing_is_neutral(probe: Probe) -> None:
     """Gradient checkpointing leaves the prediction as it is, or the teacher says with BootError that it has none."""
     net = copy.deepcopy(probe.teacher.net)
@@ -221,5 +239,6 @@ NETWORK_CLAUSES: tuple[Clause, ...] = (
     x0_is_finite,
     embedding_site_moves_the_prediction,
     output_layer_is_last,
+    feature_layers_give_maps,
     gradient_checkpointing_is_neutral,
 )

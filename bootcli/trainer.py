@@ -7,20 +7,23 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bootcli.companion import Balance, Companion
 from bootcli.config import DistillConfig
 from bootcli.critic import Critic
 from bootcli.ema import EMA
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
+from bootcli.judge import Judge
+from bootcli.objectives.adversary import Adversary, AdversaryDraw
 from bootcli.objectives.base import Objective, Terms
-from bootcli.objectives.corrector import Balance, Corrector, CorrectorDraw
+from bootcli.objectives.corrector import Corrector, CorrectorDraw
 from bootcli.objectives.kd import KD, KDDraw
 from bootcli.objectives.refiner import Refiner, RefinerDraw
 from bootcli.optimizer import learning_rate, load_optimizer, make_optimizer, optimizer_tensors
@@ -75,6 +78,7 @@ class Work:
         objective: what it is trained on.
         conditions: the pool that every sample draws its condition from, or none for an unconditional teacher.
         corrector, critic: what corrects its samples, where the run has that.
+        adversary, judge: what makes them look like the teacher's, where the run has that.
         refiner: what teaches it to go on from its own samples, where the run has that.
         replay: what grounds it on stored teacher paths, where the run has that.
     """
@@ -84,6 +88,8 @@ class Work:
     conditions: Cond
     corrector: Corrector | None = None
     critic: Critic | None = None
+    adversary: Adversary | None = None
+    judge: Judge | None = None
     refiner: Refiner | None = None
     replay: KD | None = None
 
@@ -128,6 +134,7 @@ class Draws:
 
     prediction: Any
     correction: CorrectorDraw | None
+    adversary: AdversaryDraw | None
     refinement: RefinerDraw | None
     replay: KDDraw | None
 
@@ -155,15 +162,14 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.parts = Parts.of(config, config.batch_size // shares)
-        self.balance = Balance()
-        student, critic = work.student, work.critic
+        student = work.student
         self.ema = EMA(student, config.optimizer.ema_decay, config.optimizer.ema_ramp)
         self._module, self.optimizer = engine.prepare(student, make_optimizer(student, config))
-        self._critic, self.critic_optimizer = None, None
-        if critic is not None:
-            rate = config.learning_rate * config.correction.learning_rate_scale
-            optimizer = make_optimizer(critic, dataclasses.replace(config, learning_rate=rate))
-            self._critic, self.critic_optimizer = engine.prepare(critic, optimizer)
+        self.companions: dict[str, Companion] = {}
+        if work.critic is not None:
+            self.companions["critic"] = Companion(work.critic, config.correction, config, engine)
+        if work.judge is not None:
+            self.companions["judge"] = Companion(work.judge, config.adversary, config, engine)
 
     def run(self) -> Iterator[StepReport]:
         """Advance to ``config.steps``, one report per update.
@@ -182,8 +188,9 @@ class Trainer:
         if not math.isfinite(loss):
             raise BootError(f"The loss is {loss} at step {step}.", AGAIN)
         trained: list[tuple[nn.Module, torch.optim.Optimizer, float]] = [(self.work.student, self.optimizer, rate)]
-        if self.critic_optimizer is not None and self.work.critic is not None and self._critic_learns(step):
-            trained.append((self.work.critic, self.critic_optimizer, rate * config.correction.learning_rate_scale))
+        for companion in self._present(step).values():
+            scale = companion.settings.learning_rate_scale
+            trained.append((companion.network, companion.optimizer, rate * scale))
         norms = engine.clip([module for module, _, _ in trained], config.optimizer.clip_norm)
         if not all(math.isfinite(norm) for norm in norms) and engine.scaler is None:
             raise BootError(f"The gradient is {norms[0]} at step {step}.", AGAIN)
@@ -205,11 +212,9 @@ class Trainer:
         share = self.seconds / (60 * self.config.max_minutes)
         return share if self.engine.num_processes == 1 else float(self.engine.mean(torch.tensor(share)))
 
-    def _critic_learns(self, step: int) -> bool:
-        return self.work.critic is not None and step > self.config.correction.start
-
-    def _student_listens(self, step: int) -> bool:
-        return self._critic_learns(step) and step > self.config.correction.start + self.config.correction.warmup
+    def _present(self, step: int) -> dict[str, Companion]:
+        """The companions that learn in this update."""
+        return {name: companion for name, companion in self.companions.items() if companion.learns(step)}
 
     def _accumulate(self, step: int) -> list[Terms]:
         """Gradients of this process's share of the batch, in micro-batches."""
@@ -218,40 +223,47 @@ class Trainer:
         for shared in filter(None, (work.objective, work.replay)):
             shared.renew(generator, config.batch_size, step, engine)
         micro = config.optimizer.accumulation
-        sizes = self.parts if self._critic_learns(step) else self.parts.without_correction()
-        draws = self._draw(generator, sizes, micro * engine.num_processes, (step - 1) / config.steps)
+        present = self._present(step)
+        sizes = self.parts if "critic" in present else self.parts.without_correction()
+        draws = self._draw(generator, sizes, micro * engine.num_processes, step)
         terms = []
         for part in range(micro):
             index = part * engine.num_processes + engine.rank
-            last = part == micro - 1
-            with (
-                engine.autocast(),
-                nullcontext() if last else engine.no_sync(self._module),
-                nullcontext() if last or self._critic is None else engine.no_sync(self._critic),
-            ):
-                term = self._micro_batch(draws, sizes, index, listens=self._student_listens(step))
+            with ExitStack() as context:
+                context.enter_context(engine.autocast())
+                if part < micro - 1:
+                    for module in (self._module, *(companion.prepared for companion in present.values())):
+                        context.enter_context(engine.no_sync(module))
+                term = self._micro_batch(draws, sizes, index, step)
             engine.backward(term.loss / micro)
             terms.append(term)
         self._balance(terms)
         return terms
 
-    def _draw(self, generator: torch.Generator, sizes: Parts, shares: int, progress: float) -> Draws:
+    def _draw(self, generator: torch.Generator, sizes: Parts, shares: int, step: int) -> Draws:
         """The randomness of the whole global batch."""
-        work, pool = self.work, len(self.work.conditions)
+        work, pool, progress = self.work, len(self.work.conditions), (step - 1) / self.config.steps
         prediction = work.objective.draw(generator, sizes.prediction * shares, pool, progress)
-        correction = refinement = replay = None
+        correction = adversary = refinement = replay = None
         if work.corrector is not None and sizes.correction:
             correction = work.corrector.draw(generator, sizes.correction * shares, pool)
         if work.refiner is not None and sizes.refinement:
             refinement = work.refiner.draw(generator, sizes.refinement * shares, pool)
         if work.replay is not None:
             replay = work.replay.draw(generator, sizes.replay * shares, pool, progress)
-        return Draws(prediction, correction, refinement, replay)
+        if work.adversary is not None and "judge" in self._present(step):
+            adversary = work.adversary.draw(generator, self._judged(sizes) * shares)
+        return Draws(prediction, correction, adversary, refinement, replay)
 
-    def _micro_batch(self, draws: Draws, sizes: Parts, index: int, *, listens: bool) -> Terms:
-        """The terms of one micro-batch; the loss is the mean over its samples, and the critic's beside it."""
+    def _judged(self, sizes: Parts) -> int:
+        """How many samples of a micro-batch the judge sees: those that are regressed on stored paths."""
+        return sizes.prediction if isinstance(self.work.objective, KD) else sizes.replay
+
+    def _micro_batch(self, draws: Draws, sizes: Parts, index: int, step: int) -> Terms:
+        """The terms of one micro-batch; the loss is the mean over its samples, and beside it the companions' own."""
         work, device = self.work, self.engine.device
         student: Any = self._module
+        pulls: dict[str, tuple[Tensor, Tensor]] = {}
 
         def rows(count: int) -> slice:
             return slice(index * count, (index + 1) * count)
@@ -262,15 +274,18 @@ class Trainer:
         mine = work.objective.take(draws.prediction, rows(sizes.prediction), device)
         terms = work.objective.loss(student, mine, cond_of(mine))
         loss, parts = terms.loss * sizes.prediction / sizes.whole, dict(terms.parts)
-        if draws.correction is not None and work.corrector is not None and self._critic is not None:
+        grounded, grounded_cond = terms, cond_of(mine)
+        if draws.correction is not None and work.corrector is not None:
+            critic = self.companions["critic"]
+            listens = critic.is_heard(step)
             corrected = work.corrector.take(draws.correction, rows(sizes.correction), device)
-            correction = work.corrector.loss(student, self._critic, corrected, cond_of(corrected), listens=listens)
+            correction = work.corrector.loss(student, critic.prepared, corrected, cond_of(corrected), listens=listens)
             loss = loss + correction.critic
             parts |= {"critic": correction.critic.detach(), "gap": correction.gap.mean()}
             if listens:
-                kappa = self.config.correction.balance * self.balance.ratio
+                kappa = self.config.correction.balance * critic.balance.ratio
                 loss = loss + kappa * correction.student * sizes.correction / sizes.whole
-            terms = dataclasses.replace(terms, correction_pull=correction.pull)
+            pulls["critic"] = terms.pull, correction.pull
         if draws.refinement is not None and work.refiner is not None:
             refined = work.refiner.take(draws.refinement, rows(sizes.refinement), device)
             refinement = work.refiner.loss(student, refined, cond_of(refined))
@@ -278,19 +293,31 @@ class Trainer:
             parts["refinement"] = refinement.detach()
         if draws.replay is not None and work.replay is not None:
             stored = work.replay.take(draws.replay, rows(sizes.replay), device)
-            replayed = work.replay.loss(student, stored, cond_of(stored)).loss
-            loss = loss + replayed * sizes.replay / sizes.whole
-            parts["replay"] = replayed.detach()
-        return dataclasses.replace(terms, loss=loss, parts=parts)
+            replayed = work.replay.loss(student, stored, cond_of(stored))
+            loss = loss + replayed.loss * sizes.replay / sizes.whole
+            parts["replay"] = replayed.loss.detach()
+            if terms.pairs is None:
+                grounded, grounded_cond = replayed, cond_of(stored)
+        if draws.adversary is not None and work.adversary is not None and grounded.pairs is not None:
+            judge, judged = self.companions["judge"], self._judged(sizes)
+            listens = judge.is_heard(step)
+            noised = work.adversary.take(draws.adversary, rows(judged), device)
+            verdict = work.adversary.loss(judge.prepared, grounded.pairs, noised, grounded_cond, listens=listens)
+            loss = loss + verdict.judge
+            parts["judge"] = verdict.judge.detach()
+            if listens:
+                kappa = work.adversary.balance * judge.balance.ratio
+                loss = loss + kappa * verdict.student * judged / sizes.whole
+                pulls["judge"] = grounded.pull, verdict.pull
+        return dataclasses.replace(terms, loss=loss, parts=parts, other_pulls=pulls)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: tensors, and JSON-able facts."""
         tensors = {f"student.{name}": p.detach() for name, p in self.work.student.state_dict().items()}
         tensors |= {f"ema.{name}": p for name, p in self.ema.weights.items()}
         tensors |= optimizer_tensors("optimizer", self.optimizer)
-        if self.work.critic is not None and self.critic_optimizer is not None:
-            tensors |= {f"critic.{name}": p for name, p in self.work.critic.trained().items()}
-            tensors |= optimizer_tensors("critic_optimizer", self.critic_optimizer)
+        for name, companion in self.companions.items():
+            tensors |= companion.state(name)
         tensors |= {f"objective.{name}": tensor for name, tensor in self.work.objective.state().items()}
         if self.work.replay is not None:
             tensors |= {f"replay.{name}": tensor for name, tensor in self.work.replay.state().items()}
@@ -301,7 +328,7 @@ class Trainer:
         facts = {
             "step": self.step,
             "seconds": self.seconds,
-            "balance": dataclasses.asdict(self.balance),
+            "balance": {name: dataclasses.asdict(each.balance) for name, each in self.companions.items()},
             "scaler": scaler.state_dict() if scaler else None,
         }
         return tensors, facts
@@ -311,10 +338,10 @@ class Trainer:
         self.work.student.load_state_dict(_below(tensors, "student."))
         averages = _below(tensors, "ema.")
         self.ema.weights = {name: averages[name].to(p.device) for name, p in self.ema.weights.items()}
-        load_optimizer(self.optimizer, _below(tensors, "optimizer."))
-        if self.work.critic is not None and self.critic_optimizer is not None:
-            self.work.critic.load_trained(_below(tensors, "critic."))
-            load_optimizer(self.critic_optimizer, _below(tensors, "critic_optimizer."))
+        load_optimizer("optimizer", self.optimizer, tensors)
+        for name, companion in self.companions.items():
+            companion.load_state(name, tensors)
+            companion.balance = Balance(**facts["balance"][name])
         self.work.objective.load_state(_below(tensors, "objective."))
         if self.work.replay is not None:
             self.work.replay.load_state(_below(tensors, "replay."))
@@ -323,16 +350,14 @@ class Trainer:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.engine.device)
         if self.engine.scaler is not None and facts["scaler"]:
             self.engine.scaler.load_state_dict(facts["scaler"])
-        self.balance = Balance(**facts["balance"])
         self.step, self.seconds = int(facts["step"]), float(facts["seconds"])
 
     def _balance(self, terms: list[Terms]) -> None:
-        """Take the pulls of this update into the balance of the next ones."""
-        prediction = torch.cat([term.pull for term in terms]).mean()
-        corrections = [term.correction_pull for term in terms if term.correction_pull is not None]
-        if corrections:
-            both = self.engine.mean(torch.stack([prediction, torch.cat(corrections).mean()]))
-            self.balance = self.balance.updated(float(both[0]), float(both[1]))
+        """Take the pulls of this update into the balances of the next ones."""
+        for name in terms[0].other_pulls:
+            pairs = zip(*(term.other_pulls[name] for term in terms), strict=True)
+            both = self.engine.mean(torch.stack([torch.cat(pulls).mean() for pulls in pairs]))
+            self.companions[name].balance = self.companions[name].balance.updated(float(both[0]), float(both[1]))
 
 
 def sum_loss(terms: list[Terms]) -> Tensor:

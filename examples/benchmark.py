@@ -54,7 +54,7 @@ OBJECTIVES: dict[str, dict[str, object]] = {
     "default": {},
     "boot": {"objective": "boot", "corrector": False},
     "freeflow": {"objective": "freeflow", "corrector": True, "correction.direction": "score"},
-    "kd": {"objective": "kd", "corrector": False},
+    "kd": {"objective": "kd", "corrector": False, "kd.adversary": 0.0},
     "few-step": {"refiner.share": 0.15},
 }
 """What each student is trained on; all else is the teacher's recipe. boot and kd are plain: without corrector. freeflow

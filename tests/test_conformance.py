@@ -196,6 +196,12 @@ def site(name: str, width: int) -> GaussianMixtureTeacher:
     return teacher
 
 
+def layers(*names: str) -> GaussianMixtureTeacher:
+    teacher = mixture()
+    teacher.feature_layers = lambda net: [net.get_submodule(name) for name in names]  # type: ignore[method-assign]
+    return teacher
+
+
 def built_with(**changes: object) -> TeacherFamily:
     return family(build=lambda config: build({**config, **changes}))
 
@@ -252,6 +258,9 @@ CASES: Mapping[str, Case] = {
     "foreign layer": Case("output_layer_is_last", lambda: answering("output_layer", nn.Linear(2, 2))),
     "layer without bias": Case("output_layer_is_last", lambda: edited(no_bias)),
     "layer before the last": Case("output_layer_is_last", lambda: mixture(Patchwork)),
+    "foreign feature layer": Case("feature_layers_give_maps", lambda: answering("feature_layers", [nn.ReLU()])),
+    "feature layers the wrong way": Case("feature_layers_give_maps", lambda: layers("output", "embedding")),
+    "features are vectors": Case("feature_layers_give_maps", lambda: layers("embedding")),
     "checkpointing changes": Case("gradient_checkpointing_is_neutral", lambda: mixture(Confusion)),
     "every class": Case("conditions_are_checked", lambda: mixture(AnyClass, conditioning="class")),
     "text without text": Case("conditions_are_checked", lambda: respec(conditioning="text")),

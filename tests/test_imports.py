@@ -20,6 +20,7 @@ LAYERS = [
     {"bootcli.teachers"},
     {"bootcli.closed_form", "bootcli.testing", "bootcli.testing_network", "bootcli.plugin"},
     {"bootcli.student", "bootcli.critic", "bootcli.ema", "bootcli.engine", "bootcli.muon", "bootcli.optimizer"},
+    {"bootcli.judge", "bootcli.companion"},
     {"bootcli.objectives"},
     {"bootcli.trainer"},
     {"bootcli.store"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -78,7 +79,9 @@ EVERYTHING: dict[str, object] = {
     "replay.share": 0.125,
     "replay.teacher_steps": 4,
     "kd.teacher_steps": 2,
+    "adversary.warmup": 1,
 }
+ADVERSARIES = {"boot": "replay.adversary", "freeflow": "replay.adversary", "kd": "kd.adversary"}
 DIRECTIONS = {"boot": "score", "freeflow": "score", "kd": "identity"}
 every_objective = pytest.mark.parametrize("objective", ["boot", "freeflow", "kd"])
 
@@ -87,11 +90,11 @@ every_objective = pytest.mark.parametrize("objective", ["boot", "freeflow", "kd"
 def test_update_does_not_depend_on_how_the_batch_is_split(tiny_teacher: Teacher, objective: str) -> None:
     """Also with a corrector, whose balance is a running mean over whole updates, and with stored paths."""
     settings = {**EVERYTHING, "objective": objective, "steps": 4, "batch_size": 16, "optimizer.name": "adamw"}
-    settings["correction.direction"] = DIRECTIONS[objective]
+    settings |= {"correction.direction": DIRECTIONS[objective], ADVERSARIES[objective]: 0.5}
     whole, ours = run(tiny_teacher, config_of(**settings))
     split, theirs = run(tiny_teacher, config_of(**settings, **{"optimizer.accumulation": 2}))
     assert [r.loss for r in ours] == pytest.approx([r.loss for r in theirs], rel=1e-3)
-    for networks in ("student", "critic"):
+    for networks in ("student", "critic", "judge"):
         pairs = zip(getattr(whole.work, networks).parameters(), getattr(split.work, networks).parameters(), strict=True)
         medians = [float((a - b).detach().abs().median()) for a, b in pairs]
         assert max(medians) < 1e-4, medians  # a tenth of one update of Adam, whose first ones are sign-like
@@ -100,6 +103,7 @@ def test_update_does_not_depend_on_how_the_batch_is_split(tiny_teacher: Teacher,
 @every_objective
 def test_everything_resumes_bit_for_bit(tiny_teacher: Teacher, objective: str) -> None:
     settings = {**EVERYTHING, "objective": objective, "correction.direction": DIRECTIONS[objective]}
+    settings[ADVERSARIES[objective]] = 0.5
     config = config_of(**settings, batch_size=16)
     straight, reports = run(tiny_teacher, config)
     _, stopped = build(tiny_teacher, config)
@@ -114,7 +118,9 @@ def test_everything_resumes_bit_for_bit(tiny_teacher: Teacher, objective: str) -
     for name, tensor in straight.state()[0].items():
         if not name.startswith("rng."):
             assert torch.equal(tensor, resumed.state()[0][name]), name
-    assert straight.balance == resumed.balance
+    for name in ("critic", "judge"):
+        assert straight.companions[name].balance == resumed.companions[name].balance
+        assert straight.companions[name].balance.updates
 
 
 def test_critic_warms_up_before_the_student_listens(tiny_teacher: Teacher) -> None:
@@ -138,6 +144,51 @@ def test_critic_warms_up_before_the_student_listens(tiny_teacher: Teacher) -> No
     assert not torch.equal(first, next(iter(work.critic.parameters())))
     list(reports)
     assert heard == [False, False, True, True]
+
+
+@pytest.mark.parametrize("objective", ["boot", "kd"])
+def test_judge_warms_up_before_the_student_listens(tiny_teacher: Teacher, objective: str) -> None:
+    """Until it is heard the student learns as it does without an adversary, and in the first update after that its
+    pull is measured; what the judge sees is what is regressed on stored paths."""
+    settings: dict[str, object] = {"objective": objective, "steps": 5, "kd.teacher_steps": 2, "replay.teacher_steps": 4}
+    settings |= {"replay.share": 0.25} if objective == "boot" else {}
+    _, alone = build(tiny_teacher, config_of(**settings))
+    settings |= {ADVERSARIES[objective]: 0.5, "adversary.start": 1, "adversary.warmup": 2}
+    work, trainer = build(tiny_teacher, config_of(**settings))
+    assert work.adversary is not None
+    assert work.judge is not None
+    loss, seen = work.adversary.loss, []
+
+    def watched(judge: Any, pairs: Any, *args: Any, **kwargs: Any) -> object:
+        seen.append(len(pairs.samples))
+        return loss(judge, pairs, *args, **kwargs)
+
+    work.adversary.loss = watched  # type: ignore[method-assign]
+    judges, students = [next(work.judge.parameters()).detach().clone()], []
+    for report, plain in zip(trainer.run(), alone.run(), strict=True):
+        judges.append(next(work.judge.parameters()).detach().clone())
+        same = zip(work.student.parameters(), alone.work.student.parameters(), strict=True)
+        students.append(all(torch.equal(a, b) for a, b in same))
+        assert report.residual == plain.residual
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(judges)] == [True] + [False] * 4
+    assert students == [True] * 4 + [False]
+    assert seen == [2 if objective == "boot" else 8] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"replay.adversary": 0.5}, "needs stored paths"),
+        ({"objective": "kd", "replay.share": 0.25, "replay.adversary": 0.5}, "Set kd.adversary"),
+        ({"objective": "kd", "kd.adversary": 0.5, "adversary.levels": [0.2, 0.1]}, "do not rise"),
+    ],
+)
+def test_an_adversary_without_samples_is_refused(
+    tiny_teacher: Teacher, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(BootError) as error:
+        build(tiny_teacher, config_of(**settings))
+    assert message in f"{error.value.message} {error.value.hint}"
 
 
 def test_a_batch_too_small_for_its_parts_is_refused(tiny_teacher: Teacher) -> None:

@@ -138,19 +138,24 @@ def test_a_real_score_sees_noise_and_collapse(settings: dict[str, object], tmp_p
 
 
 def test_a_beginner_is_not_warned(settings: dict[str, object], tmp_path: Path) -> None:
-    short = settings | {"steps": 3, "watch.every": 2, "corrector": False}
+    short = settings | {"steps": 3, "watch.every": 2, "corrector": False, "kd.adversary": 0}
     events = list(distill(resolve_config(short, {}, {}), tmp_path / "run"))
     assert [e.score.step for e in events if isinstance(e, Scored)] == [2, 3]
     assert [e.step for e in events if isinstance(e, Warned)] == [3]
 
 
 @pytest.mark.parametrize(("steps", "warned"), [(5, True), (6, False)])
-def test_a_corrector_that_would_never_act_is_told(
-    steps: int, warned: bool, settings: dict[str, object], tmp_path: Path
-) -> None:
-    late = {"corrector": True, "correction.start": 3, "correction.warmup": 2, "watch.every": 0, "steps": steps}
-    events = distill(resolve_config(settings | late, {}, {}), tmp_path / "run")
-    assert warned == any("after 5 updates" in e.message for e in events if isinstance(e, Warned))
+@pytest.mark.parametrize(
+    ("name", "keys", "switch"), [("critic", "correction", {"corrector": True}), ("judge", "adversary", {})]
+)
+def test_a_companion_that_would_never_be_heard_is_told(
+    steps: int, warned: bool, name: str, keys: str, switch: dict[str, object],
+    settings: dict[str, object], tmp_path: Path,
+) -> None:  # fmt: skip
+    late = {"corrector": False, "kd.adversary": 0.5, f"{keys}.start": 3, f"{keys}.warmup": 2, "watch.every": 0}
+    config = resolve_config(settings | late | switch | {"steps": steps}, {}, {})
+    told = [e.message for e in distill(config, tmp_path / "run") if isinstance(e, Warned)]
+    assert warned == any(f"listens to the {name} after 5 updates ({keys}.start" in text for text in told)
 
 
 def test_without_a_reference_only_diversity_is_watched(tiny_ddpm: Path, tmp_path: Path) -> None:

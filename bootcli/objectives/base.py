@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -33,6 +33,19 @@ D = TypeVar("D", bound=Draw)
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """What an adversary tells apart.
+
+    Args:
+        samples: of the student, (b, c, h, w), with gradient.
+        points: of the teacher, from the same noise and at the same times, (b, c, h, w).
+    """
+
+    samples: Tensor
+    points: Tensor
+
+
+@dataclass(frozen=True)
 class Terms:
     """The value of an objective on one batch.
 
@@ -42,8 +55,9 @@ class Terms:
         residual: mean square of the residual per sample, shape (b,), detached; 0 on the teacher's own paths.
         t: the time of each residual, shape (b,).
         pull: root mean square of the gradient of each sample's loss at the student's output (times its number of
-            values), shape (b,), detached: what a corrector is balanced against.
-        correction_pull: the same of the corrector's samples, where there are any.
+            values), shape (b,), detached: what a corrector and an adversary are balanced against.
+        pairs: samples and the teacher's points they belong to, of an objective that has stored paths.
+        other_pulls: by name, the pulls of a prediction and of the critic or judge that is balanced against it.
     """
 
     loss: Tensor
@@ -51,7 +65,8 @@ class Terms:
     residual: Tensor
     t: Tensor
     pull: Tensor
-    correction_pull: Tensor | None = None
+    pairs: Pairs | None = None
+    other_pulls: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Objective(ABC, Generic[D]):

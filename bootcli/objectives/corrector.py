@@ -34,9 +34,6 @@ from bootcli.teachers.view import TeacherView
 
 FIRST = 1e-2
 """Smallest noise level, as a share of t_max: below it both denoisers return their input."""
-LEAST_PULL = 1e-2
-"""Correction pulls count as at least this: a critic that is still the teacher pulls by 0. Directions are divided by the
-error of the denoiser, so a pull of 1 is usual."""
 
 
 @dataclass(frozen=True)
@@ -71,32 +68,6 @@ class Correction:
     critic: Tensor
     gap: Tensor
     pull: Tensor
-
-
-@dataclass(frozen=True)
-class Balance:
-    """Running means of how strongly prediction and correction pull (FreeFlow's kappa).
-
-    They come from earlier updates, so that an update does not depend on how its batch is split.
-    """
-
-    prediction: float = 0.0
-    correction: float = 0.0
-    updates: int = 0
-
-    @property
-    def ratio(self) -> float:
-        """What makes the correction pull as the prediction does."""
-        return self.prediction / max(self.correction, LEAST_PULL)
-
-    def updated(self, prediction: float, correction: float) -> Balance:
-        """After another update; the newest 20 or so count."""
-        keep = min(0.95, self.updates / (self.updates + 1))
-        return Balance(
-            keep * self.prediction + (1 - keep) * prediction,
-            keep * self.correction + (1 - keep) * correction,
-            self.updates + 1,
-        )
 
 
 class Corrector:

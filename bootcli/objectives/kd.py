@@ -16,7 +16,7 @@ from torch import Tensor
 from bootcli.config import PathsConfig
 from bootcli.engine import Engine
 from bootcli.maths.signal_ode import solve
-from bootcli.objectives.base import Objective, Terms, adaptive, conditions, path_start
+from bootcli.objectives.base import Objective, Pairs, Terms, adaptive, conditions, path_start
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond
 from bootcli.teachers.view import TeacherView
@@ -140,8 +140,10 @@ class KD(Objective[KDDraw]):
 
     def loss(self, student: Student, draw: KDDraw, cond: Cond) -> Terms:
         """The weighted squared error of y(eps, t, c) to the point of the teacher's path."""
-        square = (student(draw.eps, draw.t, cond) - draw.points).square().flatten(1).mean(1)
+        samples = student(draw.eps, draw.t, cond)
+        square = (samples - draw.points).square().flatten(1).mean(1)
         weight = adaptive(square, self.power)
         loss = (weight * square).mean()
         pull = 2 * weight * square.detach().sqrt()
-        return Terms(loss, {"regression": loss.detach()}, square.detach(), draw.t, pull)
+        pairs = Pairs(samples, draw.points)
+        return Terms(loss, {"regression": loss.detach()}, square.detach(), draw.t, pull, pairs)

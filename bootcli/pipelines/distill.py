@@ -33,6 +33,8 @@ from bootcli.watch import Score, Watch
 TIME_IS_UP, NO_BETTER = 1000, 1001
 ENDINGS = {TIME_IS_UP: "max_minutes", NO_BETTER: "patience"}
 """Why a run ends before its steps are done, by numbers that no signal has."""
+SETTINGS_OF = {"critic": "correction", "judge": "adversary"}
+"""The section of each companion of the trainer."""
 PREVIEWS = 10
 """Columns of a preview grid."""
 
@@ -110,13 +112,14 @@ class _Session:
     def events(self) -> Iterator[Event]:
         """Train to the end, or to the signal that stops it."""
         began, first, ended_by = time.perf_counter(), self.trainer.step, "steps"
-        quiet = self.config.correction.start + self.config.correction.warmup
-        if self.work.corrector is not None and self.config.steps <= quiet:
-            yield Warned(
-                first,
-                f"The corrector moves the student after {quiet} updates (correction.start and correction.warmup), and "
-                f"this run ends at {self.config.steps}. Take more --steps, a lower correction.start or --no-corrector.",
-            )
+        for name, companion in self.trainer.companions.items():
+            quiet, keys = companion.settings.start + companion.settings.warmup, SETTINGS_OF[name]
+            if self.config.steps <= quiet:
+                yield Warned(
+                    first,
+                    f"The student listens to the {name} after {quiet} updates ({keys}.start and {keys}.warmup), and "
+                    f"this run ends at {self.config.steps}. Take more --steps, or a lower {keys}.start.",
+                )
         with watch_signals() as wish:
             reports = self.trainer.run()
             while True:

@@ -13,7 +13,9 @@ from bootcli.config import DistillConfig
 from bootcli.critic import Critic
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
+from bootcli.judge import Features, make_judge
 from bootcli.maths.broadcast import like
+from bootcli.objectives.adversary import Adversary
 from bootcli.objectives.base import Objective
 from bootcli.objectives.boot import Boot
 from bootcli.objectives.corrector import Corrector
@@ -136,6 +138,12 @@ def set_up(teacher: Teacher, config: DistillConfig, engine: Engine, *, fresh: bo
         _start_from(student, Path(config.init_from))
     elif fresh and head == "x0":
         start_x0_head(student, view, pool, t_max, config, engine)
+    adversary, judge = None, None
+    if balance := adversary_balance(config):
+        features = Features(teacher)  # before a critic may put its LoRA into the teacher's modules
+        adversary = Adversary(config.adversary, balance, features, t_max)
+        first = pool.rows(torch.zeros(1, dtype=torch.long)).to(engine.device)
+        judge = make_judge(features, first, config.adversary.width)
     corrector, critic = None, None
     if config.corrector:
         corrector = Corrector(config.correction, view, config.student.t_min, t_max)
@@ -158,10 +166,29 @@ def set_up(teacher: Teacher, config: DistillConfig, engine: Engine, *, fresh: bo
         replay=replay,
         corrector=corrector,
         critic=critic,
+        adversary=adversary,
+        judge=judge,
         refiner=refiner,
         t_max=t_max,
         config=config,
     )
+
+
+def adversary_balance(config: DistillConfig) -> float:
+    """The pull of the run's adversary, 0 where it has none: its samples are those on stored paths.
+
+    Raises `UsageError` where there are no such paths, or levels that leave no room.
+    """
+    low, high = config.adversary.levels
+    if not low < high:
+        raise UsageError(f"adversary.levels = [{low}, {high}] do not rise.")
+    if not config.replay.adversary:
+        return config.kd.adversary if config.objective == "kd" else 0.0
+    if config.objective == "kd":
+        raise UsageError("replay.adversary: with --objective kd the adversary is beside kd.", "Set kd.adversary.")
+    if not config.replay.share:
+        raise UsageError("replay.adversary needs stored paths.", "Set replay.share, to 0.375 for example.")
+    return config.replay.adversary
 
 
 def make_objective(config: DistillConfig, view: TeacherView, pool: Cond, t_max: float) -> Objective[Any]:

@@ -172,6 +172,12 @@ class Teacher(ABC):
         """Name endings of the modules of ``net`` that a LoRA may adapt; empty: none known."""
         return ()
 
+    def feature_layers(self, net: nn.Module) -> Sequence[nn.Module]:
+        """Modules of ``net`` in the order that they run, each of which gives a map (b, channels, height, width): what
+        ``net`` makes of a sample at several scales. An adversary looks at these; those of the encoder are the
+        cheapest, since nothing after the last one runs. Empty: none known."""
+        return ()
+
     def enable_gradient_checkpointing(self, net: nn.Module) -> None:
         """Make ``net`` trade compute for memory, or say that it cannot."""
         raise BootError("This teacher's network does not support gradient checkpointing.")

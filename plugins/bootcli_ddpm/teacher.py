@@ -113,6 +113,11 @@ class DDPMTeacher(Teacher):
         """The projections of the attention blocks, where the network has any."""
         return _ATTENTION if self._has_attention() else ()
 
+    def feature_layers(self, net: nn.Module) -> Sequence[nn.Module]:
+        """The last residual block of every resolution on the way down, and the middle."""
+        resnets = [block.get_submodule("resnets") for block in net.get_submodule("down_blocks").children()]
+        return (*(list(each.children())[-1] for each in resnets), net.get_submodule("mid_block"))
+
     def enable_gradient_checkpointing(self, net: nn.Module) -> None:
         """diffusers' own, block by block."""
         if not isinstance(net, UNet2DModel):
