@@ -151,7 +151,7 @@ def test_judge_warms_up_before_the_student_listens(tiny_teacher: Teacher, object
     """Until it is heard the student learns as it does without an adversary, and in the first update after that its
     pull is measured; what the judge sees is what is regressed on stored paths."""
     settings: dict[str, object] = {"objective": objective, "steps": 5, "kd.teacher_steps": 2, "replay.teacher_steps": 4}
-    settings |= {"replay.share": 0.25} if objective == "boot" else {}
+    settings |= {"optimizer.decay": "constant"} | ({"replay.share": 0.25} if objective == "boot" else {})
     _, alone = build(tiny_teacher, config_of(**settings))
     settings |= {ADVERSARIES[objective]: 0.5, "adversary.start": 1, "adversary.warmup": 2}
     work, trainer = build(tiny_teacher, config_of(**settings))
