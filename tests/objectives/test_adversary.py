@@ -133,7 +133,7 @@ def test_it_moves_a_student_to_the_teachers_distribution() -> None:
     of_judge = torch.optim.Adam(judge.parameters(), lr=5e-3, betas=(0.5, 0.9))
 
     def distance() -> float:
-        return float((mean - WIDE).square().mean() + (std - 0.5).square())
+        return float((mean - WIDE).square().mean().detach() + (std.detach() - 0.5).square())
 
     before = distance()
     for step in range(400):
