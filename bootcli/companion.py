@@ -14,8 +14,8 @@ from bootcli.engine import Engine
 from bootcli.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 
 LEAST_PULL = 1e-2
-"""Pulls count as at least this: a critic that is still the teacher pulls by 0. Directions are divided by the error of
-the denoiser, and the gradient of a judge's logits is of their size, so a pull of 1 is usual."""
+"""Pulls count as at least this: a critic that is still the teacher pulls by 0. Directions of a critic are
+divided by the error of the denoiser, so that a pull of 1 is usual, as it is for the judge of `fashion`."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class OptimizerConfig:
     """While decay is not reached, the average is over 1 / ramp of the updates so far."""
     gradient_checkpointing: bool = False
     compile: bool = False
-    """Compile the networks with torch.compile."""
+    """Compile the networks with torch.compile; not the part of the teacher that an adversary looks into."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class PathsConfig:
     reuse: Positive = 8
     """How often a path is drawn on average before a newer one takes its place."""
     adversary: Annotated[float, Ge(0)] = 0.0
-    """Pull of the adversary beside the regression, in units of its own; 0: there is none."""
+    """Pull of the adversary on the ends, in units of the regression's; 0: there is none."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class AdversaryConfig:
     levels: tuple[Fraction, Fraction] = (0.01, 0.15)
     """Least and greatest noise that it looks through, as fractions of the time range."""
     width: Positive = 64
-    """Channels of the judge."""
+    """Hidden channels of each of the judge's heads."""
     learning_rate_scale: PositiveFloat = 1.0
     """Learning rate of the judge, in units of the student's."""
 

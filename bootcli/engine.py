@@ -93,6 +93,24 @@ class Engine:
         self._accelerator.unscale_gradients()  # once for all: a second time is refused
         return [float(nn.utils.clip_grad_norm_(module.parameters(), max_norm)) for module in modules]
 
+    def step(self, optimizers: Iterable[torch.optim.Optimizer], rates: Iterable[float]) -> None:
+        """Step each prepared optimiser at its learning rate, and forget the gradients.
+
+        With a loss scaler those whose gradients are not finite stay where they are. The scale changes once, after all
+        of them: accelerate's own step changes it each time, and unscales the next optimiser's gradients again.
+        """
+        scaler = self.scaler
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer.optimizer)  # type: ignore[attr-defined]
+            optimizer.zero_grad()
+        if scaler is not None:
+            scaler.update()
+
     def no_sync(self, module: nn.Module) -> AbstractContextManager[object]:
         """Do not exchange gradients: for all micro-batches but the last."""
         context: AbstractContextManager[object] = self._accelerator.no_sync(module)

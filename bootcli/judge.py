@@ -1,6 +1,6 @@
 """The judge D: it tells the teacher's samples from the student's by what the frozen teacher makes of them inside.
 
-Small heads on the features of a denoiser, as in LADD (Sauer et al. 2024, arXiv 2403.12015): the teacher knows images
+Small heads on the features of a denoiser, after LADD (Sauer et al. 2024, arXiv 2403.12015): the teacher knows images
 already, and heads alone learn in a few hundred updates.
 """
 
@@ -33,7 +33,9 @@ class Features:
         self.net = copy.deepcopy(teacher.net, shared)
         layers = teacher.feature_layers(self.net)
         if not layers:
-            raise UsageError("This teacher names no layers for an adversary.", "Leave kd.adversary at 0.")
+            raise UsageError(
+                "This teacher names no layers for an adversary.", "Leave kd.adversary and replay.adversary at 0."
+            )
         self._seen: list[Tensor] = []
         for layer in layers:
             layer.register_forward_hook(self._keep)

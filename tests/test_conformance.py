@@ -152,6 +152,14 @@ class Patchwork(GaussianMixtureTeacher):
         self.net = net.eval()
 
 
+class Twice(GaussianMixtureTeacher):
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return (super().predict(net, x_t, t, cond) + super().predict(net, x_t, t, cond)) / 2
+
+    def feature_layers(self, net: nn.Module) -> Sequence[nn.Module]:
+        return [net.get_submodule("output")]
+
+
 class AnyClass(GaussianMixtureTeacher):
     def condition(self, requests: Sequence[int | str | None]) -> Cond:
         return Cond({"label": torch.tensor([r if isinstance(r, int) else 0 for r in requests])})
@@ -260,6 +268,7 @@ CASES: Mapping[str, Case] = {
     "layer before the last": Case("output_layer_is_last", lambda: mixture(Patchwork)),
     "foreign feature layer": Case("feature_layers_give_maps", lambda: answering("feature_layers", [nn.ReLU()])),
     "feature layers the wrong way": Case("feature_layers_give_maps", lambda: layers("output", "embedding")),
+    "feature layer runs twice": Case("feature_layers_give_maps", lambda: mixture(Twice)),
     "features are vectors": Case("feature_layers_give_maps", lambda: layers("embedding")),
     "checkpointing changes": Case("gradient_checkpointing_is_neutral", lambda: mixture(Confusion)),
     "every class": Case("conditions_are_checked", lambda: mixture(AnyClass, conditioning="class")),

@@ -120,14 +120,15 @@ def test_sigterm_saves_and_exits_143(settings: dict[str, object], tmp_path: Path
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("stop", [False, True])
-def test_two_processes_make_one_run(settings: dict[str, object], tmp_path: Path, stop: bool) -> None:
+@pytest.mark.parametrize(("stop", "objective"), [(False, "boot"), (True, "boot"), (False, "kd")])
+def test_two_processes_make_one_run(settings: dict[str, object], tmp_path: Path, stop: bool, objective: str) -> None:
     """The same losses as one process; a signal to one stops both at one step, with one checkpoint."""
     words = ["distill", "--teacher", str(settings["teacher"]), "--batch-size", "8", "--device", "cpu", "--seed", "3",
              "--set", "log_every=1", "--set", "preview_teacher_steps=2", "--mixed-precision", "no",
              "--steps", "100000" if stop else "3", "--set", "optimizer.warmup_steps=2",
              "--set", "boot.boundary_every=3", "--corrector", "--set", "correction.direction=identity",
-             "--set", "correction.warmup=1"]  # fmt: skip
+             "--set", "correction.warmup=1", "--objective", objective, "--set", "kd.adversary=0.5",
+             "--set", "adversary.warmup=0", "--set", "kd.teacher_steps=2"]  # fmt: skip
     together = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "bootcli",
          *words, "--output", "two", "--json"],

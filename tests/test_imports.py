@@ -22,6 +22,7 @@ LAYERS = [
     {"bootcli.student", "bootcli.critic", "bootcli.ema", "bootcli.engine", "bootcli.muon", "bootcli.optimizer"},
     {"bootcli.judge", "bootcli.companion"},
     {"bootcli.objectives"},
+    {"bootcli.batch"},
     {"bootcli.trainer"},
     {"bootcli.store"},
     {"bootcli.images"},

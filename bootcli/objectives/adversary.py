@@ -1,9 +1,9 @@
 """The adversary: it moves the student's samples to where a judge takes them for the teacher's.
 
-Regression on stored paths averages over what the student cannot tell apart, and its samples are smoother than the
-teacher's. A judge sees that, and it needs no images: what is real here are the ends of the teacher's own paths
-(Diffusion2GAN, Kang et al. 2024, arXiv 2405.05967). It looks at both through the same little noise, with the teacher's
-own features (LADD, Sauer et al. 2024, arXiv 2403.12015).
+Regression on stored paths averages over what the student cannot tell apart. A judge sees that, and it needs no images:
+what is real here are the ends of the teacher's own paths, as in Diffusion2GAN (Kang et al. 2024, arXiv 2405.05967),
+whose judge also sees the noise that they come from. It looks at both through the same little noise, with the teacher's
+own features, as in LADD (Sauer et al. 2024, arXiv 2403.12015), whose heads also see the noise level and the prompt.
 
 | code | paper | meaning |
 |---|---|---|
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,13 @@ from torch.nn.functional import softplus
 from bootcli.config import AdversaryConfig
 from bootcli.judge import Features
 from bootcli.maths.signal_ode import from_signal
-from bootcli.objectives.base import Pairs, stratified
+from bootcli.objectives.base import Ends, stratified
 from bootcli.teachers.protocol import Cond
 
 
 @dataclass(frozen=True)
 class AdversaryDraw:
-    """What one batch of pairs is noised with; on the CPU until `Adversary.take`.
+    """What one batch is noised with; on the CPU until `Adversary.take`.
 
     Args:
         tau: noise levels as times of the teacher, (b,), float64.
@@ -64,14 +65,23 @@ class Adversary:
 
     Args:
         config: noise levels.
-        balance: its pull, in units of that of the regression whose pairs it looks at.
+        balance: its pull, in units of that of the regression whose ends it looks at.
+        beside: which regression that is.
         features: of the teacher.
         t_max: the end of the time range.
     """
 
-    def __init__(self, config: AdversaryConfig, balance: float, features: Features, t_max: float) -> None:
+    def __init__(
+        self,
+        config: AdversaryConfig,
+        balance: float,
+        beside: Literal["prediction", "replay"],
+        features: Features,
+        t_max: float,
+    ) -> None:
         self.config = config
         self.balance = balance
+        self.beside = beside
         self.features = features
         self.t_max = t_max
 
@@ -85,36 +95,38 @@ class Adversary:
         """The rows of a draw, with the noise on a device."""
         return AdversaryDraw(draw.tau[rows], draw.noise[rows].to(device))
 
-    def loss(self, judge: nn.Module, pairs: Pairs, draw: AdversaryDraw, cond: Cond, *, listens: bool) -> Verdict:
+    def loss(self, judge: nn.Module, ends: Ends, draw: AdversaryDraw, cond: Cond, *, listens: bool) -> Verdict:
         """Both losses; neither network gets a gradient from the other's.
 
-        The judge is called once, on both halves of the pairs.
+        The judge is called once, on the student's and the teacher's ends.
 
         Args:
             judge: logits (b, places) of each map of features.
-            pairs: b of them.
-            draw: from `draw`, for b pairs.
-            cond: conditions of the b pairs.
+            ends: k of b samples.
+            draw: from `draw`, for all b.
+            cond: conditions of all b.
             listens: whether the student needs a gradient.
         """
-        b, tau, at = len(pairs.samples), draw.tau, self.features.teacher.spec.schedule(draw.tau)
-        samples = pairs.samples.detach().requires_grad_(listens)
+        k, tau, noise, cond = len(ends.rows), draw.tau[ends.rows], draw.noise[ends.rows], cond.rows(ends.rows)
+        at = self.features.teacher.spec.schedule(tau)
+        samples = ends.samples.detach().requires_grad_(listens)
         with torch.no_grad():
-            real = self.features(from_signal(pairs.points, draw.noise, at), tau, cond)
-        fake = self.features(from_signal(samples, draw.noise, at), tau, cond)
+            real = self.features(from_signal(ends.points, noise, at), tau, cond)
+        fake = self.features(from_signal(samples, noise, at), tau, cond)
         # New leaves: the judge's loss stops at the features, the student's goes on from there to its samples.
         seen = [each.detach().requires_grad_(listens) for each in fake]
         logits: Sequence[Tensor] = judge([torch.cat(both) for both in zip(real, seen, strict=True)])
 
-        loss, persuasion = samples.new_zeros(()), samples.new_zeros(b)
+        told, persuasion = samples.new_zeros(k), samples.new_zeros(k)
         for each in logits:
-            of_real, of_fake = each[:b].float(), each[b:].float()
-            loss = loss + softplus(-of_real).mean() + softplus(of_fake).mean()
+            of_real, of_fake = each[:k].float(), each[k:].float()
+            told = told + softplus(-of_real).mean(1) + softplus(of_fake).mean(1)
             persuasion = persuasion + softplus(-of_fake).mean(1)
         gradient = torch.zeros_like(samples)
         if listens:
-            onto = torch.autograd.grad(persuasion.sum(), seen, retain_graph=True)
+            # Times the number of values, which the mean over them below divides by: half precision needs the room.
+            onto = torch.autograd.grad(persuasion.sum() * samples[0].numel(), seen, retain_graph=True)
             (gradient,) = torch.autograd.grad(fake, samples, onto)
-        along = (pairs.samples * gradient).flatten(1).sum(1).mean()  # has the gradient, as a direction for the student
-        student = persuasion.mean().detach() + along - along.detach()
-        return Verdict(student, loss, gradient.square().flatten(1).mean(1).sqrt() * gradient[0].numel())
+        along = (ends.samples * gradient).flatten(1).mean(1)  # has the gradient, as a direction for the student
+        student = (persuasion.detach() + along - along.detach()).sum() / ends.count
+        return Verdict(student, told.sum() / ends.count, gradient.square().flatten(1).mean(1).sqrt())

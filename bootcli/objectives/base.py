@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -33,16 +33,20 @@ D = TypeVar("D", bound=Draw)
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """What an adversary tells apart.
+class Ends:
+    """The ends of paths in a batch: what an adversary tells apart.
 
     Args:
-        samples: of the student, (b, c, h, w), with gradient.
-        points: of the teacher, from the same noise and at the same times, (b, c, h, w).
+        rows: which samples of the batch are ends, (k,), int64.
+        samples: the student's, (k, c, h, w), with gradient.
+        points: the teacher's from the same noise, (k, c, h, w).
+        count: k on average, for a batch of this size.
     """
 
+    rows: Tensor
     samples: Tensor
     points: Tensor
+    count: float
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,7 @@ class Terms:
         t: the time of each residual, shape (b,).
         pull: root mean square of the gradient of each sample's loss at the student's output (times its number of
             values), shape (b,), detached: what a corrector and an adversary are balanced against.
-        pairs: samples and the teacher's points they belong to, of an objective that has stored paths.
-        other_pulls: by name, the pulls of a prediction and of the critic or judge that is balanced against it.
+        ends: of an objective that has stored paths.
     """
 
     loss: Tensor
@@ -65,8 +68,7 @@ class Terms:
     residual: Tensor
     t: Tensor
     pull: Tensor
-    pairs: Pairs | None = None
-    other_pulls: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    ends: Ends | None = None
 
 
 class Objective(ABC, Generic[D]):

@@ -16,7 +16,7 @@ from torch import Tensor
 from bootcli.config import PathsConfig
 from bootcli.engine import Engine
 from bootcli.maths.signal_ode import solve
-from bootcli.objectives.base import Objective, Pairs, Terms, adaptive, conditions, path_start
+from bootcli.objectives.base import Ends, Objective, Terms, adaptive, conditions, path_start
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond
 from bootcli.teachers.view import TeacherView
@@ -129,9 +129,10 @@ class KD(Objective[KDDraw]):
         self._next = int(tensors["next"])
 
     def draw(self, generator: torch.Generator, batch_size: int, pool: int, progress: float) -> KDDraw:
-        """Paths of the buffer and points on them, uniformly."""
+        """Paths of the buffer, uniformly, and points on them, in turn."""
         path = torch.randint(len(self._eps), (batch_size,), generator=generator)
-        point = torch.randint(self.config.points, (batch_size,), generator=generator)
+        first = torch.randint(self.config.points, (1,), generator=generator)
+        point = (first + torch.arange(batch_size)) % self.config.points
         return KDDraw(self._eps[path], self._rows[path], self._times[1 + point], self._points[path, point])
 
     def take(self, draw: KDDraw, rows: slice, device: torch.device) -> KDDraw:
@@ -145,5 +146,6 @@ class KD(Objective[KDDraw]):
         weight = adaptive(square, self.power)
         loss = (weight * square).mean()
         pull = 2 * weight * square.detach().sqrt()
-        pairs = Pairs(samples, draw.points)
-        return Terms(loss, {"regression": loss.detach()}, square.detach(), draw.t, pull, pairs)
+        rows = (draw.t == self._times[-1]).nonzero().flatten()
+        ends = Ends(rows, samples[rows], draw.points[rows], len(samples) / self.config.points)
+        return Terms(loss, {"regression": loss.detach()}, square.detach(), draw.t, pull, ends)

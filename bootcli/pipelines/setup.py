@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, Literal, assert_never
 
 import torch
 
+from bootcli.batch import Work
 from bootcli.config import DistillConfig
 from bootcli.critic import Critic
 from bootcli.engine import Engine
@@ -27,7 +28,6 @@ from bootcli.store.artifact import load_student
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond, Teacher
 from bootcli.teachers.view import TeacherView
-from bootcli.trainer import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +139,10 @@ def set_up(teacher: Teacher, config: DistillConfig, engine: Engine, *, fresh: bo
     elif fresh and head == "x0":
         start_x0_head(student, view, pool, t_max, config, engine)
     adversary, judge = None, None
-    if balance := adversary_balance(config):
+    if beside := adversary_beside(config):
         features = Features(teacher)  # before a critic may put its LoRA into the teacher's modules
-        adversary = Adversary(config.adversary, balance, features, t_max)
+        balance = (config.kd if beside == "prediction" else config.replay).adversary
+        adversary = Adversary(config.adversary, balance, beside, features, t_max)
         first = pool.rows(torch.zeros(1, dtype=torch.long)).to(engine.device)
         judge = make_judge(features, first, config.adversary.width)
     corrector, critic = None, None
@@ -156,6 +157,8 @@ def set_up(teacher: Teacher, config: DistillConfig, engine: Engine, *, fresh: bo
         teacher.net.compile()
         if critic is not None and critic.net is not teacher.net:
             critic.net.compile()
+        if judge is not None:
+            judge.compile()
     objective = make_objective(config, view, pool, t_max)
     replay = KD(config.replay, power, view, config.student.t_min, t_max, pool) if config.replay.share else None
     return Distillation(
@@ -174,21 +177,24 @@ def set_up(teacher: Teacher, config: DistillConfig, engine: Engine, *, fresh: bo
     )
 
 
-def adversary_balance(config: DistillConfig) -> float:
-    """The pull of the run's adversary, 0 where it has none: its samples are those on stored paths.
+def adversary_beside(config: DistillConfig) -> Literal["prediction", "replay"] | None:
+    """The regression on stored paths that the run's adversary stands beside; None where it has none.
 
     Raises `UsageError` where there are no such paths, or levels that leave no room.
     """
+    beside: Literal["prediction", "replay"] | None = None
+    if config.objective == "kd" and config.kd.adversary:
+        beside = "prediction"
+    if config.replay.adversary:
+        if config.objective == "kd":
+            raise UsageError("replay.adversary: with --objective kd the adversary is beside kd.", "Set kd.adversary.")
+        if not config.replay.share:
+            raise UsageError("replay.adversary needs stored paths.", "Set replay.share, to 0.375 for example.")
+        beside = "replay"
     low, high = config.adversary.levels
-    if not low < high:
+    if beside and not low < high:
         raise UsageError(f"adversary.levels = [{low}, {high}] do not rise.")
-    if not config.replay.adversary:
-        return config.kd.adversary if config.objective == "kd" else 0.0
-    if config.objective == "kd":
-        raise UsageError("replay.adversary: with --objective kd the adversary is beside kd.", "Set kd.adversary.")
-    if not config.replay.share:
-        raise UsageError("replay.adversary needs stored paths.", "Set replay.share, to 0.375 for example.")
-    return config.replay.adversary
+    return beside
 
 
 def make_objective(config: DistillConfig, view: TeacherView, pool: Cond, t_max: float) -> Objective[Any]:

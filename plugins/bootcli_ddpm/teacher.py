@@ -114,9 +114,10 @@ class DDPMTeacher(Teacher):
         return _ATTENTION if self._has_attention() else ()
 
     def feature_layers(self, net: nn.Module) -> Sequence[nn.Module]:
-        """The last residual block of every resolution on the way down, and the middle."""
+        """The last residual block of every resolution on the way down, and the middle, if there is one."""
         resnets = [block.get_submodule("resnets") for block in net.get_submodule("down_blocks").children()]
-        return (*(list(each.children())[-1] for each in resnets), net.get_submodule("mid_block"))
+        layers = [list(each.children())[-1] for each in resnets]
+        return (*layers, net.get_submodule("mid_block")) if net.mid_block is not None else tuple(layers)
 
     def enable_gradient_checkpointing(self, net: nn.Module) -> None:
         """diffusers' own, block by block."""

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import save_file
 
 from bootcli.errors import BootError, UsageError
+from bootcli.judge import Features
 from bootcli.plugin import Cond, check_teacher
 from bootcli.student import Student
 from bootcli.teachers.registry import load
@@ -192,6 +193,14 @@ def test_gradient_checkpointing_changes_nothing_but_memory(make_folder: MakeFold
     torch.testing.assert_close(*gradients)
     with pytest.raises(BootError):
         teacher.enable_gradient_checkpointing(torch.nn.Linear(1, 1))
+
+
+def test_feature_layers_are_those_of_the_way_down(make_folder: MakeFolder) -> None:
+    """Also of a network without a middle."""
+    for unet, count in (({}, 3), ({"mid_block_type": None}, 2)):
+        teacher = family.load(make_folder(unet))
+        features = Features(teacher)(torch.randn(2, 3, 8, 8), times(0.1, 0.4), Cond())
+        assert [tuple(each.shape) for each in features] == [(2, 8, 8, 8), (2, 16, 4, 4), (2, 16, 4, 4)][:count]
 
 
 def test_lora_targets_need_attention(make_folder: MakeFolder) -> None:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from bootcli.closed_form import GaussianTeacher
-from bootcli.config import AdversaryConfig
+from bootcli.closed_form import GaussianMixtureTeacher, GaussianTeacher
+from bootcli.config import AdversaryConfig, CorrectionConfig
+from bootcli.critic import Critic
 from bootcli.errors import UsageError
 from bootcli.judge import Features, Judge, make_judge
 from bootcli.maths.schedule import CosineVP
 from bootcli.maths.signal_ode import from_signal
-from bootcli.objectives.adversary import Adversary, Verdict
-from bootcli.objectives.base import Pairs
+from bootcli.objectives.adversary import Adversary, AdversaryDraw, Verdict
+from bootcli.objectives.base import Ends
 from bootcli.teachers.protocol import Cond, Teacher
 from tests.objectives.closed import MEAN
 
@@ -33,12 +34,16 @@ class Open(GaussianTeacher):
 
 
 def adversary(teacher: Teacher, **config: Any) -> Adversary:
-    return Adversary(AdversaryConfig(**config), 1.0, Features(teacher), 1.0)
+    return Adversary(AdversaryConfig(**config), 1.0, "prediction", Features(teacher), 1.0)
 
 
-def judged(part: Adversary, judge: nn.Module, pairs: Pairs, seed: int = 0, *, listens: bool = True) -> Verdict:
-    draw = part.draw(torch.Generator().manual_seed(seed), len(pairs.samples))
-    return part.loss(judge, pairs, draw, Cond(), listens=listens)
+def ends_of(samples: Tensor, points: Tensor) -> Ends:
+    return Ends(torch.arange(len(samples)), samples, points, len(samples))
+
+
+def judged(part: Adversary, judge: nn.Module, ends: Ends, seed: int = 0, *, listens: bool = True) -> Verdict:
+    draw = part.draw(torch.Generator().manual_seed(seed), len(ends.samples))
+    return part.loss(judge, ends, draw, Cond(), listens=listens)
 
 
 def test_features_are_the_teachers_own(tiny_teacher: Teacher) -> None:
@@ -95,7 +100,7 @@ def test_losses_are_those_of_the_non_saturating_gan() -> None:
     told = softplus(-logits(points)).mean() + softplus(logits(samples.detach())).mean()
     of_judge = torch.autograd.grad(told, list(judge.parameters()))
 
-    verdict = part.loss(judge, Pairs(samples, points), draw, Cond(), listens=True)
+    verdict = part.loss(judge, ends_of(samples, points), draw, Cond(), listens=True)
     assert verdict.student.item() == pytest.approx(persuasion.item(), rel=1e-5)
     assert verdict.judge.item() == pytest.approx(told.item(), rel=1e-5)
     (verdict.student + verdict.judge).backward()
@@ -110,7 +115,7 @@ def test_losses_are_those_of_the_non_saturating_gan() -> None:
 def test_the_student_hears_nothing_while_the_judge_warms_up() -> None:
     part, judge = adversary(Open(WIDE, 0.5, CosineVP())), Judge([1], 4)
     samples = torch.randn(4, 1, 8, 8, requires_grad=True)
-    first, later = (judged(part, judge, Pairs(samples, torch.randn(4, 1, 8, 8)), listens=on) for on in (False, True))
+    first, later = (judged(part, judge, ends_of(samples, torch.randn(4, 1, 8, 8)), listens=on) for on in (False, True))
     assert not first.pull.any()
     assert later.pull.all()
     assert torch.autograd.grad(first.student, samples)[0].eq(0).all()
@@ -118,7 +123,7 @@ def test_the_student_hears_nothing_while_the_judge_warms_up() -> None:
 
 
 def test_levels_are_shares_of_the_time_range() -> None:
-    part = Adversary(AdversaryConfig(levels=(0.1, 0.3)), 1.0, Features(Open(WIDE, 0.5, CosineVP())), 0.5)
+    part = Adversary(AdversaryConfig(levels=(0.1, 0.3)), 1.0, "prediction", Features(Open(WIDE, 0.5, CosineVP())), 0.5)
     tau = part.draw(torch.Generator().manual_seed(0), 64).tau
     assert float(tau.min()) == pytest.approx(0.05, abs=0.01)
     assert float(tau.max()) == pytest.approx(0.15, abs=0.01)
@@ -139,10 +144,51 @@ def test_it_moves_a_student_to_the_teachers_distribution() -> None:
     for step in range(400):
         generator = torch.Generator().manual_seed(step)
         eps, other = (torch.randn(64, 1, 8, 8, generator=generator) for _ in range(2))
-        verdict = judged(part, judge, Pairs(mean + std * eps, WIDE + 0.5 * other), step)
+        verdict = judged(part, judge, ends_of(mean + std * eps, WIDE + 0.5 * other), step)
         for optimizer in (of_student, of_judge):
             optimizer.zero_grad()
         (verdict.student + verdict.judge).backward()
         of_student.step()
         of_judge.step()
     assert distance() < 0.2 * before, (before, distance())
+
+
+class Labelled(GaussianMixtureTeacher):
+    """Two classes, with one map of features."""
+
+    def feature_layers(self, net: nn.Module) -> Sequence[nn.Module]:
+        return [net.get_submodule("output")]
+
+
+def test_ends_keep_their_noise_and_conditions() -> None:
+    """Some rows of a batch give what they give as a batch of their own, in proportion to their number."""
+    means = torch.stack([WIDE, -WIDE])
+    teacher = Labelled(means, torch.full((2,), 0.5), torch.ones(2), CosineVP(), conditioning="class")
+    part, judge = adversary(teacher), Judge([1], 4)
+    samples, points = (torch.randn(6, 1, 8, 8) for _ in range(2))
+    cond, draw = teacher.condition([0, 1, 1, 0, 1, 0]), part.draw(torch.Generator().manual_seed(0), 6)
+    rows = torch.tensor([1, 3, 4])
+    some = part.loss(judge, Ends(rows, samples[rows], points[rows], 2.0), draw, cond, listens=True)
+    same, own = ends_of(samples[rows], points[rows]), AdversaryDraw(draw.tau[rows], draw.noise[rows])
+    alone, wrong = (
+        part.loss(judge, same, own, teacher.condition(labels), listens=True) for labels in ([1, 0, 1], [0, 1, 0])
+    )
+    assert some.student.item() == pytest.approx(1.5 * alone.student.item(), rel=1e-5)
+    assert some.judge.item() == pytest.approx(1.5 * alone.judge.item(), rel=1e-5)
+    assert torch.allclose(some.pull, alone.pull)
+    assert not torch.allclose(some.pull, wrong.pull)
+
+
+def test_features_know_nothing_of_a_lora_critic(tiny_teacher: Teacher) -> None:
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 0.4], dtype=torch.float64)
+    tiny_teacher.net.requires_grad_(False)
+    features = Features(tiny_teacher)
+    before = features(x, t, Cond())
+    critic = Critic(tiny_teacher, CorrectionConfig(critic="lora", lora_rank=4))
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    with critic._adapted():
+        after = features(x, t, Cond())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

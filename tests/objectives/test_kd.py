@@ -91,6 +91,20 @@ def test_newest_paths_stay() -> None:
     assert not any(any(torch.equal(a, b) for b in kd.state()["eps"]) for a in old)
 
 
+@pytest.mark.parametrize("points", [1, 4])
+def test_ends_are_what_an_adversary_may_see(points: int) -> None:
+    """Every batch has its share of them, with the samples that were regressed."""
+    kd = renewed(objective(teacher_steps=4, points=points), 1)
+    batch = draw(kd, 16)
+    student = Exact(GaussianTeacher(MEAN, 0.5, DDPM), 0.8)
+    ends = kd.loss(student, batch, Cond()).ends  # type: ignore[arg-type]
+    assert ends is not None
+    assert len(ends.rows) == ends.count == 16 / points
+    assert not batch.t[ends.rows].any()
+    assert torch.equal(ends.points, batch.points[ends.rows])
+    assert torch.equal(ends.samples, student(batch.eps, batch.t, Cond())[ends.rows])
+
+
 def test_state_round_trip() -> None:
     kd = renewed(objective(buffer=32, reuse=1, teacher_steps=1), 5)
     other = objective(buffer=32, reuse=1, teacher_steps=1)
