@@ -52,15 +52,14 @@ PAIRED = 1000
 """Images of the paired error: each costs 50 calls of the teacher, and its mean is steady."""
 OBJECTIVES: dict[str, dict[str, object]] = {
     "default": {},
-    "boot": {"objective": "boot", "corrector": False},
+    "boot": {"objective": "boot"},
     "freeflow": {"objective": "freeflow", "corrector": True, "correction.direction": "score"},
-    "kd": {"objective": "kd", "corrector": False, "kd.adversary": 0.0},
+    "kd": {"objective": "kd", "kd.adversary": 0.0},
     "few-step": {"refiner.share": 0.15},
 }
-"""What each student is trained on; all else is the teacher's recipe. boot and kd are plain: without corrector. freeflow
-has the corrector's direction of its paper."""
+"""What each student is trained on; all else is the teacher's recipe. boot and kd are plain: without corrector and
+adversary. freeflow has the corrector's direction of its paper."""
 LEVERS: tuple[tuple[str, dict[str, object]], ...] = (
-    ("default", {"kd.adversary": 0.0}),
     ("default", {"kd.adversary": 0.25}),
     ("default", {"kd.adversary": 1.5}),
     ("default", {"adversary.levels": (0.01, 0.6)}),
@@ -140,6 +139,7 @@ class Bench:
             "bootcli": __version__,
             "torch": torch.__version__,
             "processor": processor(),
+            "mixed_precision": Engine(self.device).mixed_precision,
             "threads": torch.get_num_threads(),
         }
 
@@ -213,7 +213,7 @@ def student_cells(bench: Bench, name: str, seed: int, minutes: Sequence[float], 
 
 
 def lever_cells(bench: Bench, minutes: float, only: str) -> None:
-    """Each lever in a run of its own, with the corrector from the first: the run is short."""
+    """Each lever in a run of its own, where it has one with the corrector from the first: the run is short."""
     for base, settings in LEVERS:
         text = ", ".join(f"{key}={value}" for key, value in settings.items())
         cell = f"lever-{base}-{text.replace(', ', '-').replace('=', '-')}"

@@ -53,7 +53,8 @@ def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) ->
     facts = next((cell for cell in cells if "objective" in cell), cells[0])
     lines = [
         f"## `{teacher}`", "",
-        f"{facts['num_images']:,} images for each number; {facts['processor']}; torch {facts['torch']}.", "",
+        f"{facts['num_images']:,} images for each number; {facts['processor']}; "
+        f"training in {facts['mixed_precision']}; torch {facts['torch']}.", "",
         f"![FID against network calls]({teacher}/nfe.png) ![FID against training time]({teacher}/time.png)", "",
         "| student | training | updates | network calls | FID | precision | recall | paired error | seeds |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",

@@ -81,3 +81,11 @@ def class_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"teacher": str(root / "teacher"), "steps": 2, "batch_size": 4, "device": "cpu", "classes": (1, 3)}
     list(distill(resolve_config({**settings, "preview_teacher_steps": 2}, {}, {}), root / "run"))
     return root / "run"
+
+
+@pytest.fixture
+def class_teacher(class_run: Path) -> Teacher:
+    """The teacher of `class_run`, loaded anew."""
+    from bootcli.teachers.registry import load
+
+    return load(str(class_run.parent / "teacher")).teacher

@@ -7,15 +7,19 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from bootcli.batch import Batch
 from bootcli.config import DistillConfig, resolve
 from bootcli.ema import EMA
 from bootcli.engine import Engine
 from bootcli.errors import BootError
+from bootcli.objectives.adversary import Verdict
+from bootcli.objectives.kd import KD
 from bootcli.pipelines.setup import Distillation, set_up
 from bootcli.plugin import Teacher
 from bootcli.trainer import StepReport, Trainer, stream
@@ -174,6 +178,50 @@ def test_judge_warms_up_before_the_student_listens(tiny_teacher: Teacher, object
     assert [torch.equal(a, b) for a, b in itertools.pairwise(judges)] == [True] + [False] * 4
     assert students == [True] * 4 + [False]
     assert seen == [1 if objective == "boot" else 8] * 4
+
+
+@pytest.mark.parametrize("objective", ["boot", "kd"])
+def test_judge_sees_an_end_with_the_condition_of_its_path(class_teacher: Teacher, objective: str) -> None:
+    settings: dict[str, object] = {"objective": objective, "steps": 2, "kd.teacher_steps": 2, "replay.teacher_steps": 4}
+    settings |= {"replay.share": 0.5} if objective == "boot" else {}
+    work, trainer = build(class_teacher, config_of(**settings, **{ADVERSARIES[objective]: 0.5}, classes=(1, 3)))
+    paths = work.replay if objective == "boot" else work.objective
+    assert work.adversary is not None
+    assert isinstance(paths, KD)
+    loss, seen = work.adversary.loss, set()
+
+    def watched(judge: Any, ends: Any, draw: Any, cond: Any, **kwargs: Any) -> object:
+        for row, point in zip(ends.rows, ends.points, strict=True):
+            stored = [torch.equal(point, points[-1]) for points in paths._points].index(True)
+            (label,) = cond.rows(row[None]).tensors["labels"].tolist()
+            assert label == (1, 3)[int(paths._rows[stored])]
+            seen.add(label)
+        return loss(judge, ends, draw, cond, **kwargs)
+
+    work.adversary.loss = watched  # type: ignore[method-assign]
+    list(trainer.run())
+    assert seen == {1, 3}
+
+
+@pytest.mark.parametrize(("objective", "ends"), [("boot", 1), ("kd", 8)])
+def test_the_adversary_weighs_as_much_as_the_samples_it_judges(
+    tiny_teacher: Teacher, objective: str, ends: int
+) -> None:
+    """Its balance times its loss of each end, in the mean over the whole batch."""
+    settings: dict[str, object] = {"objective": objective, "kd.teacher_steps": 2, "replay.teacher_steps": 4}
+    settings |= {"replay.share": 0.5} if objective == "boot" else {}
+    work, trainer = build(tiny_teacher, config_of(**settings, **{ADVERSARIES[objective]: 0.5}))
+    (work.replay or work.objective).renew(torch.Generator().manual_seed(0), 8, 0, trainer.engine)
+    assert work.adversary is not None
+    judge: Any = SimpleNamespace(prepared=work.judge, is_heard=lambda step: True, balance=SimpleNamespace(ratio=3.0))
+    losses = []
+    for student in (0.0, 1.0):
+        work.adversary.loss = lambda *_, student=student, **__: Verdict(  # type: ignore[method-assign, misc]
+            torch.tensor(student), torch.tensor(0.0), torch.ones(ends)
+        )
+        batch = Batch(work, work.config, {"judge": judge}, trainer.parts, 1, 1, torch.Generator().manual_seed(0))
+        losses.append(float(batch.micro_batch(work.student, 0, torch.device("cpu")).loss.detach()))
+    assert losses[1] - losses[0] == pytest.approx(0.5 * 3.0 * ends / 8, rel=1e-4)
 
 
 @pytest.mark.parametrize(
