@@ -219,7 +219,7 @@ def test_the_adversary_weighs_as_much_as_the_samples_it_judges(
         work.adversary.loss = lambda *_, student=student, **__: Verdict(  # type: ignore[method-assign, misc]
             torch.tensor(student), torch.tensor(0.0), torch.ones(ends)
         )
-        batch = Batch(work, work.config, {"judge": judge}, trainer.parts, 1, 1, torch.Generator().manual_seed(0))
+        batch = Batch(work, work.config, {"judge": judge}, trainer.parts, 1, 200, torch.Generator().manual_seed(0))
         losses.append(float(batch.micro_batch(work.student, 0, torch.device("cpu")).loss.detach()))
     assert losses[1] - losses[0] == pytest.approx(0.5 * 3.0 * ends / 8, rel=1e-4)
 
