@@ -214,6 +214,6 @@ class Batch:
         batch.loss = batch.loss + verdict.judge
         batch.parts["judge"] = verdict.judge.detach()
         if listens:
-            kappa = adversary.balance_at(self.step) * judge.balance.ratio
+            kappa = adversary.balance * judge.balance.ratio
             batch.loss = batch.loss + kappa * verdict.student * regression.ends.count / self.sizes.whole
             batch.pulls["judge"] = regression.pull, verdict.pull

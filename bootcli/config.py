@@ -189,8 +189,6 @@ class AdversaryConfig:
     """Updates before there is a judge."""
     warmup: Count = 100
     """Updates in which the judge learns and the student does not listen yet."""
-    ramp: Count = 0
-    """Updates after that in which its pull grows to the whole: early on a strong one distracts, later it helps."""
     levels: tuple[Fraction, Fraction] = (0.01, 0.15)
     """Least and greatest noise that it looks through, as fractions of the time range."""
     width: Positive = 64

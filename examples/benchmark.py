@@ -60,12 +60,15 @@ OBJECTIVES: dict[str, dict[str, object]] = {
 """What each student is trained on; all else is the teacher's recipe. boot and kd are plain: without corrector and
 adversary. freeflow has the corrector's direction of its paper."""
 LEVERS: tuple[tuple[str, dict[str, object]], ...] = (
+    ("default", {}),
+    ("default", {"kd.adversary": 0.0}),
     ("default", {"kd.adversary": 0.25}),
     ("default", {"kd.adversary": 1.5}),
     ("default", {"adversary.levels": (0.01, 0.6)}),
     ("default", {"adversary.width": 32}),
     ("default", {"adversary.learning_rate_scale": 0.3}),
     ("default", {"corrector": True}),
+    ("kd", {}),
     ("kd", {"corrector": True}),
     ("kd", {"corrector": True, "correction.direction": "score"}),
     ("kd", {"corrector": True, "correction.levels": 1}),
@@ -75,9 +78,10 @@ LEVERS: tuple[tuple[str, dict[str, object]], ...] = (
     ("kd", {"corrector": True, "correction.critic": "lora"}),
     ("default", {"kd.power": 0.0}),
     ("default", {"kd.power": 1.0}),
-    ("default", {"kd.reuse": 2}),
-    ("default", {"kd.reuse": 32}),
-    ("default", {"kd.teacher_steps": 6, "kd.solver": "midpoint"}),
+    ("default", {"kd.reuse": 4}),
+    ("default", {"kd.reuse": 64}),
+    ("default", {"kd.teacher_steps": 10}),
+    ("default", {"kd.teacher_steps": 10, "kd.solver": "midpoint"}),
     ("default", {"optimizer.ema_ramp": 9.0}),
     ("default", {"optimizer.decay": "constant"}),
     ("default", {"optimizer.name": "adamw"}),
@@ -85,6 +89,7 @@ LEVERS: tuple[tuple[str, dict[str, object]], ...] = (
     ("default", {"learning_rate": 3e-3}),
     ("default", {"student.start_t": 1.0}),
     ("default", {"student.head": "native"}),
+    ("boot", {}),
     ("boot", {"corrector": True}),
     ("boot", {"corrector": True, "replay.share": 0.375}),
     ("boot", {"replay.share": 0.375}),
@@ -99,7 +104,7 @@ LEVERS: tuple[tuple[str, dict[str, object]], ...] = (
     ("boot", {"boot.weight": "velocity"}),
     ("boot", {"boot.weight": "target"}),
 )
-"""Settings changed one at a time, of which student."""
+"""Settings changed one at a time, of which student; none is what the others are compared with."""
 ENDLESS = {"steps": 10_000_000, "optimizer.decay": "inverse-sqrt", "preview_every": 0, "checkpoint_every": 500}
 
 
@@ -216,7 +221,7 @@ def lever_cells(bench: Bench, minutes: float, only: str) -> None:
     """Each lever in a run of its own, where it has one with the corrector from the first: the run is short."""
     for base, settings in LEVERS:
         text = ", ".join(f"{key}={value}" for key, value in settings.items())
-        cell = f"lever-{base}-{text.replace(', ', '-').replace('=', '-')}"
+        cell = f"lever-{base}-{text.replace(', ', '-').replace('=', '-') or 'plain'}"
         if only in cell:
             facts = {"base": base, "lever": text, "seed": 0, "minutes": minutes}
             both = {"correction.start": 0} | OBJECTIVES[base] | settings

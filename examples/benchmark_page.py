@@ -85,18 +85,17 @@ def lever_table(cells: Sequence[dict[str, Any]]) -> list[str]:
     minutes = levers[0]["minutes"]
     lines = [
         "", "### One setting changed at a time", "",
-        f"Single runs of {minutes:g} minutes; the student that is changed comes first.", "",
+        f"Single runs of {minutes:g} minutes, threads: {levers[0]['threads']}; the student that is changed comes first.", "",
         "| student | setting | updates | FID | precision | recall | paired error |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
     for base in dict.fromkeys(cell["base"] for cell in levers):
-        plain = [c for c in cells if (c.get("objective"), c.get("minutes"), c.get("seed")) == (base, minutes, 0)]
-        changed = sorted((c for c in levers if c["base"] == base), key=lambda c: float(c["student"][0]["fid"]))
-        for cell in (*plain, *changed):
+        students = (cell for cell in levers if cell["base"] == base)
+        for cell in sorted(students, key=lambda c: (c["lever"] != "", float(c["student"][0]["fid"]))):
             row = cell["student"][0]
             quality = " | ".join(f"{row[key]:.3f}" for key in ("precision", "recall"))
             lines.append(
-                f"| {base} | {cell.get('lever', '')} | {cell['updates']:,} | {row['fid']:.2f} | {quality} | "
+                f"| {base} | {cell['lever']} | {cell['updates']:,} | {row['fid']:.2f} | {quality} | "
                 f"{row['paired_mse']:.4f} |"
             )
     return lines

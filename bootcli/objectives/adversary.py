@@ -65,7 +65,7 @@ class Adversary:
 
     Args:
         config: noise levels.
-        balance: its whole pull, in units of that of the regression whose ends it looks at.
+        balance: its pull, in units of that of the regression whose ends it looks at.
         beside: which regression that is.
         features: of the teacher.
         t_max: the end of the time range.
@@ -84,11 +84,6 @@ class Adversary:
         self.beside = beside
         self.features = features
         self.t_max = t_max
-
-    def balance_at(self, step: int) -> float:
-        """The balance in update ``step``, from 1; it grows with the first updates that the student listens to."""
-        heard = step - self.config.start - self.config.warmup
-        return self.balance * min(1.0, max(0, heard) / max(1, self.config.ramp))
 
     def draw(self, generator: torch.Generator, batch_size: int) -> AdversaryDraw:
         """Noise levels, stratified over the batch."""

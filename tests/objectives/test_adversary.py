@@ -129,13 +129,6 @@ def test_levels_are_shares_of_the_time_range() -> None:
     assert float(tau.max()) == pytest.approx(0.15, abs=0.01)
 
 
-def test_its_pull_grows_from_the_first_update_that_is_heard() -> None:
-    features = Features(Open(WIDE, 0.5, CosineVP()))
-    for ramp, expected in ((4, [0.0, 0.5, 1.0, 1.5, 2.0, 2.0]), (0, [0.0, 2.0, 2.0, 2.0, 2.0, 2.0])):
-        part = Adversary(AdversaryConfig(start=3, warmup=2, ramp=ramp), 2.0, "prediction", features, 1.0)
-        assert [part.balance_at(step) for step in range(5, 11)] == expected
-
-
 def test_it_moves_a_student_to_the_teachers_distribution() -> None:
     """Without any regression: a Gaussian of another mean and width becomes the teacher's."""
     torch.manual_seed(0)
