@@ -31,6 +31,7 @@ class Work:
         student: the network.
         objective: what it is trained on.
         conditions: the pool that every sample draws its condition from, or none for an unconditional teacher.
+        t_max: where the path starts.
         corrector, critic: what corrects its samples, where the run has that.
         adversary, judge: what makes them look like the teacher's, where the run has that.
         refiner: what teaches it to go on from its own samples, where the run has that.
@@ -40,6 +41,7 @@ class Work:
     student: Student
     objective: Objective[Any]
     conditions: Cond
+    t_max: float
     corrector: Corrector | None = None
     critic: Critic | None = None
     adversary: Adversary | None = None
@@ -75,12 +77,14 @@ class Parts:
                 f"that refine and {replay} that are replayed.",
                 "Take a larger --batch-size, or smaller shares.",
             )
-        if config.replay.adversary and replay < config.replay.points:
-            raise UsageError(
-                f"{replay} samples in a micro-batch are replayed, of {config.replay.points} points: an adversary needs "
-                "an end among them.",
-                "Take a larger --batch-size or replay.share, or fewer replay.points.",
-            )
+        sizes = {"kd": (prediction, config.kd), "replay": (replay, config.replay)}
+        for name, (taken, paths) in sizes.items():
+            if paths.adversary and taken < paths.points:
+                raise UsageError(
+                    f"{taken} samples in a micro-batch learn {paths.points} points of stored paths: an adversary needs "
+                    "an end among them.",
+                    f"Take a larger --batch-size or share of them, or fewer {name}.points.",
+                )
         return cls(prediction, correction, refinement, replay)
 
     def without_correction(self) -> Parts:
@@ -123,9 +127,10 @@ class Batch:
         work: what is trained.
         config: of the run.
         companions: those that learn in this update.
-        parts: sizes in each micro-batch.
+        sizes: in each micro-batch.
         shares: number of micro-batches.
         step: the update, from 1.
+        progress: share of the training that is done, in [0, 1].
         generator: of this update.
     """
 
@@ -134,14 +139,14 @@ class Batch:
         work: Work,
         config: DistillConfig,
         companions: Mapping[str, Companion],
-        parts: Parts,
+        sizes: Parts,
         shares: int,
         step: int,
+        progress: float,
         generator: torch.Generator,
     ) -> None:
-        self.work, self.config, self.companions, self.step = work, config, companions, step
-        self.sizes = parts if "critic" in companions else parts.without_correction()
-        pool, progress, sizes = len(work.conditions), (step - 1) / config.steps, self.sizes
+        self.work, self.config, self.companions, self.sizes, self.step = work, config, companions, sizes, step
+        pool = len(work.conditions)
         prediction = work.objective.draw(generator, sizes.prediction * shares, pool, progress)
         correction = refinement = replay = adversary = None
         if work.corrector is not None and sizes.correction:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,9 +58,7 @@ class Companion:
     ) -> None:
         self.network = network
         self.settings = settings
-        rate = config.learning_rate * settings.learning_rate_scale
-        optimizer = make_optimizer(network, dataclasses.replace(config, learning_rate=rate))
-        self.prepared, self.optimizer = engine.prepare(network, optimizer)
+        self.prepared, self.optimizer = engine.prepare(network, make_optimizer(network, config))
         self.balance = Balance()
 
     def learns(self, step: int) -> bool:

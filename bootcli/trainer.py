@@ -34,7 +34,7 @@ class StepReport:
         step: updates done, from 1.
         loss, parts: of this update's batch.
         residual: mean square of R over the batch.
-        residual_bins: the same in five equal bins of t, clean first; NaN where a bin is empty.
+        residual_bins: the same in five equal bins of t up to t_max, clean first; NaN where a bin is empty.
         grad_norm: before clipping.
         learning_rate: of this update.
         seconds: this update took.
@@ -104,8 +104,9 @@ class Trainer:
     def _update(self, step: int) -> StepReport:
         began = time.perf_counter()
         config, engine = self.config, self.engine
-        rate = learning_rate(config.optimizer, config.learning_rate, step, config.steps, self._time_used())
-        batches = self._accumulate(step)
+        time_used = self._time_used()
+        rate = learning_rate(config.optimizer, config.learning_rate, step, config.steps, time_used)
+        batches = self._accumulate(step, max((step - 1) / config.steps, time_used))
         loss = float(engine.mean(torch.stack([each.loss.detach() for each in batches]).mean()))
         if not math.isfinite(loss):
             raise BootError(f"The loss is {loss} at step {step}.", AGAIN)
@@ -122,7 +123,7 @@ class Trainer:
         self.step = step
         seconds = time.perf_counter() - began
         self.seconds += seconds
-        return report(step, loss, batches, norms[0], rate, seconds)
+        return report(step, loss, batches, self.work.t_max, norms[0], rate, seconds)
 
     def _time_used(self) -> float:
         """The share of the time limit that is used, the same in all processes; 0 where there is none."""
@@ -135,15 +136,17 @@ class Trainer:
         """The companions that learn in this update."""
         return {name: companion for name, companion in self.companions.items() if companion.learns(step)}
 
-    def _accumulate(self, step: int) -> list[MicroBatch]:
+    def _accumulate(self, step: int, progress: float) -> list[MicroBatch]:
         """Gradients of this process's share of the batch, in micro-batches."""
         config, engine, work = self.config, self.engine, self.work
         generator = stream(config.seed, step)
-        for shared in filter(None, (work.objective, work.replay)):
-            shared.renew(generator, config.batch_size, step, engine)
         micro = config.optimizer.accumulation
-        present = self._present(step)
-        batch = Batch(work, config, present, self.parts, micro * engine.num_processes, step, generator)
+        shares, present = micro * engine.num_processes, self._present(step)
+        sizes = self.parts if "critic" in present else self.parts.without_correction()
+        work.objective.renew(generator, sizes.prediction * shares, step, engine)
+        if work.replay is not None:
+            work.replay.renew(generator, sizes.replay * shares, step, engine)
+        batch = Batch(work, config, present, sizes, shares, step, progress, generator)
         done = []
         for part in range(micro):
             index = part * engine.num_processes + engine.rank
@@ -207,11 +210,13 @@ class Trainer:
             self.companions[name].balance = self.companions[name].balance.updated(float(both[0]), float(both[1]))
 
 
-def report(step: int, loss: float, batches: list[MicroBatch], norm: float, rate: float, seconds: float) -> StepReport:
+def report(
+    step: int, loss: float, batches: list[MicroBatch], t_max: float, norm: float, rate: float, seconds: float
+) -> StepReport:
     """The report of one update from this process's micro-batches."""
     residual = torch.cat([each.terms.residual for each in batches]).double().cpu()
     t = torch.cat([each.terms.t for each in batches]).double().cpu()
-    bins = (t * RESIDUAL_BINS / max(float(t.max()), 1e-9)).long().clamp(max=RESIDUAL_BINS - 1)
+    bins = (t * RESIDUAL_BINS / t_max).long().clamp(max=RESIDUAL_BINS - 1)
     return StepReport(
         step=step,
         loss=loss,

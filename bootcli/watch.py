@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 COLLAPSED = 0.7
-"""Diversity below which samples are too much alike. Students of the recipes end between 0.9 and 1.05."""
+"""Diversity below which samples are too much alike. Students of the recipe of `fashion` end between 0.9 and 1.15."""
 NOISY = 1.5
 """Diversity above which there is more in the samples than the teacher draws: noise, as a rule."""
 RISEN = 4.0
@@ -67,7 +67,7 @@ class Watch:
             return self._once(
                 "collapse",
                 f"The samples have {diversity:.2f} of the teacher's variance: they are becoming alike. If it goes on "
-                "falling, lower correction.balance or the learning rate.",
+                "falling, lower correction.balance, the pull of the adversary or the learning rate.",
             )
         if diversity > NOISY:
             return self._once(

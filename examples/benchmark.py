@@ -19,6 +19,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from bootcli import __version__
-from bootcli.config import resolve
+from bootcli.config import DistillConfig, differences, flatten, to_dict
 from bootcli.engine import Engine
 from bootcli.evaluate import features_of, frechet, gaussian_fit
 from bootcli.images import to_uint8
@@ -35,19 +36,24 @@ from bootcli.manifold import MOST_ROWS, manifold_of, precision_recall, some_rows
 from bootcli.maths.schedule import DiscreteVP
 from bootcli.pipelines.distill import distill
 from bootcli.pipelines.evaluate import evaluate
+from bootcli.pipelines.events import Finished
 from bootcli.pipelines.settings import resolve_config
 from bootcli.pipelines.setup import condition_of, teacher_view
 from bootcli.reference import reference_for
 from bootcli.sampler import prior_noise, teacher_images
+from bootcli.store.checkpoint import checkpoints
 from bootcli.store.files import write_json
 from bootcli.store.rundir import RunDir
 from bootcli.teachers.registry import load
 from bootcli.teachers.view import TeacherView
+from bootcli.trainer import RESIDUAL_BINS
 
 ROOT = Path(__file__).parents[1]
 STEPS = (1, 2, 4, 8, 10, 16, 25, 50)
 MINUTES = (5, 20, 60)
 NFES = (1, 2, 4)
+NEWEST = 50
+"""Lines of the log whose residuals are averaged."""
 PAIRED = 1000
 """Images of the paired error: each costs 50 calls of the teacher, and its mean is steady."""
 OBJECTIVES: dict[str, dict[str, object]] = {
@@ -61,41 +67,43 @@ OBJECTIVES: dict[str, dict[str, object]] = {
 adversary. freeflow has the corrector's direction of its paper."""
 LEVERS: tuple[tuple[str, dict[str, object]], ...] = (
     ("default", {}),
-    ("default", {"kd.adversary": 0.0}),
     ("default", {"kd.adversary": 0.25}),
     ("default", {"kd.adversary": 1.5}),
     ("default", {"adversary.levels": (0.01, 0.6)}),
     ("default", {"adversary.width": 32}),
     ("default", {"adversary.learning_rate_scale": 0.3}),
     ("default", {"corrector": True}),
-    ("kd", {}),
-    ("kd", {"corrector": True}),
-    ("kd", {"corrector": True, "correction.direction": "score"}),
-    ("kd", {"corrector": True, "correction.levels": 1}),
-    ("kd", {"corrector": True, "correction.balance": 0.5}),
-    ("kd", {"corrector": True, "correction.balance": 4.0}),
-    ("kd", {"corrector": True, "correction.tau_power": 0.5}),
-    ("kd", {"corrector": True, "correction.critic": "lora"}),
     ("default", {"kd.power": 0.0}),
     ("default", {"kd.power": 1.0}),
     ("default", {"kd.reuse": 4}),
     ("default", {"kd.reuse": 64}),
     ("default", {"kd.teacher_steps": 10}),
-    ("default", {"kd.teacher_steps": 10, "kd.solver": "midpoint"}),
+    ("default", {"kd.solver": "midpoint"}),
+    ("default", {"kd.solver": "euler"}),
+    ("default", {"kd.points": 4}),
+    ("default", {"student.max_gain": 8.0}),
+    ("default", {"student.max_gain": 20.0}),
+    ("default", {"student.start_t": 1.0}),
+    ("default", {"student.head": "native"}),
     ("default", {"optimizer.ema_ramp": 9.0}),
     ("default", {"optimizer.decay": "constant"}),
     ("default", {"optimizer.name": "adamw"}),
     ("default", {"batch_size": 64}),
     ("default", {"learning_rate": 3e-3}),
-    ("default", {"student.start_t": 1.0}),
-    ("default", {"student.head": "native"}),
+    ("default", {"refiner.share": 0.15}),
+    ("kd", {}),
+    ("kd", {"corrector": True}),
+    ("kd", {"corrector": True, "correction.direction": "score"}),
+    ("kd", {"corrector": True, "correction.levels": 1}),
+    ("kd", {"corrector": True, "correction.balance": 0.5}),
+    ("kd", {"corrector": True, "correction.tau_power": 0.5}),
+    ("kd", {"corrector": True, "correction.critic": "lora"}),
     ("boot", {}),
     ("boot", {"corrector": True}),
-    ("boot", {"corrector": True, "replay.share": 0.375}),
     ("boot", {"replay.share": 0.375}),
     ("boot", {"replay.share": 0.375, "replay.adversary": 0.5}),
     ("boot", {"boot.delta": 0.1}),
-    ("boot", {"boot.delta": 0.334, "boot.delta_end": 0.1}),
+    ("boot", {"boot.delta_end": 0.1}),
     ("boot", {"boot.teacher_steps": 3}),
     ("boot", {"boot.solver": "euler"}),
     ("boot", {"boot.solver": "heun"}),
@@ -103,9 +111,24 @@ LEVERS: tuple[tuple[str, dict[str, object]], ...] = (
     ("boot", {"boot.power": 0.5}),
     ("boot", {"boot.weight": "velocity"}),
     ("boot", {"boot.weight": "target"}),
+    ("freeflow", {}),
+    ("freeflow", {"corrector": False}),
+    ("freeflow", {"correction.direction": "identity"}),
+    ("freeflow", {"correction.share": 0.5}),
+    ("freeflow", {"freeflow.derivative": "jvp"}),
+    ("freeflow", {"freeflow.delta": 0.1}),
+    ("freeflow", {"freeflow.power": 0.0}),
+    ("freeflow", {"freeflow.power": 0.5}),
+    ("freeflow", {"freeflow.weight": "uniform"}),
 )
 """Settings changed one at a time, of which student; none is what the others are compared with."""
-ENDLESS = {"steps": 10_000_000, "optimizer.decay": "inverse-sqrt", "preview_every": 0, "checkpoint_every": 500}
+ENDLESS = {
+    "steps": 10_000_000,
+    "optimizer.decay": "inverse-sqrt",
+    "preview_every": 0,
+    "checkpoint_every": 500,
+    "watch.every": 1000,
+}
 
 
 @dataclass(frozen=True)
@@ -126,9 +149,13 @@ class Bench:
     num_images: int
     device: Any
 
+    def path(self, name: str) -> Path:
+        """The file of a cell."""
+        return self.cells / f"{name}.json"
+
     def cell(self, name: str, facts: dict[str, object], measure: Callable[[], dict[str, object]]) -> None:
         """Measure a cell unless it is there already, and keep it with its facts."""
-        path = self.cells / f"{name}.json"
+        path = self.path(name)
         if path.exists():
             print(f"{name}: already measured")
             return
@@ -143,14 +170,15 @@ class Bench:
             "num_images": self.num_images,
             "bootcli": __version__,
             "torch": torch.__version__,
-            "processor": processor(),
-            "mixed_precision": Engine(self.device).mixed_precision,
+            "device": device_name(Engine(self.device).device),
             "threads": torch.get_num_threads(),
         }
 
 
-def processor() -> str:
-    """Its name, and the cores this process may use."""
+def device_name(device: torch.device) -> str:
+    """The GPU, or the processor and the cores of it that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -160,7 +188,10 @@ def processor() -> str:
 
 def teacher_cells(bench: Bench, steps: Sequence[int], only: str) -> None:
     """The teacher under DDIM and DPM-Solver++ at each number of steps."""
-    config = resolve({"teacher": bench.teacher, "device": bench.device})
+    names = [f"teacher-{solver}-{n}" for solver in ("ddim", "dpmsolver") for n in steps]
+    if not any(only in name and not bench.path(name).exists() for name in names):
+        return
+    config = resolve_config({"teacher": bench.teacher, "device": bench.device}, {}, {})
     engine = Engine(config.device, "no")
     teacher = load(config.teacher).teacher
     view = teacher_view(teacher, config, engine)
@@ -233,9 +264,11 @@ def trained(bench: Bench, run: Path, settings: dict[str, object], seed: int, min
     """Train to ``minutes`` and score."""
     shared = {"teacher": bench.teacher, "seed": seed, "device": bench.device, **ENDLESS}
     config = resolve_config({**shared, **settings, "max_minutes": float(minutes)}, {}, {})
-    resume = any(RunDir(run).checkpoints.glob("*"))
-    for _ in distill(config, run, resume=resume, overwrite=not resume):
-        pass
+    resume = bool(checkpoints(RunDir(run).checkpoints))
+    if resume:
+        refuse_other(run, config)
+    *_, finished = distill(config, run, resume=resume, overwrite=not resume)
+    assert isinstance(finished, Finished)
     nfes = NFES if config.refiner.share else NFES[:1]
     result: dict[str, Any] = evaluate(
         run, metrics=("fid", "pr"), num_images=bench.num_images, nfe=nfes, batch_size=250, device=bench.device
@@ -244,18 +277,38 @@ def trained(bench: Bench, run: Path, settings: dict[str, object], seed: int, min
         run, metrics=("paired",), num_images=min(bench.num_images, PAIRED), batch_size=250, device=bench.device
     )
     result["student"] |= paired["student"]
-    last = json.loads(RunDir(run).log_file.read_text().splitlines()[-1])
+    lines = [json.loads(line) for line in RunDir(run).log_file.read_text().splitlines()[-NEWEST:]]
     keep = ("nfe", "fid", "precision", "recall", "paired_mse")
     return {
-        "updates": last["step"],
+        "updates": finished.steps,
         "kept": result["training_steps"],
-        "loss": last["loss"],
-        "residual": last["residual"],
+        "residual": fmean(line["residual"] for line in lines),
+        "residual_bins": [mean_of([line["residual_bins"][i] for line in lines]) for i in range(RESIDUAL_BINS)],
         "student": [
             {key: row[key] for key in keep if key in row}
             for row in (result["student"], *result["student_in_more_calls"])
         ],
+        "mixed_precision": RunDir(run).config().mixed_precision,
+        "settings": dict(flatten(to_dict(config))),
     }
+
+
+def refuse_other(run: Path, config: DistillConfig) -> None:
+    """Stop where a run cannot go on with these settings; a recipe may have changed since it began."""
+    stored = RunDir(run).config()
+    resolved = (None, "auto")
+    changed = [key for key, (_, new) in differences(stored, config).items() if new not in resolved]
+    longer = (stored.max_minutes or 0) <= (config.max_minutes or 0)
+    if set(changed) - {"max_minutes"} or not longer:
+        raise SystemExit(
+            f"{run} was trained with other settings ({', '.join(changed)}): delete it, or take other --runs."
+        )
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean of those there are."""
+    some = [value for value in values if value is not None]
+    return fmean(some) if some else None
 
 
 def main() -> None:

@@ -53,8 +53,8 @@ def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) ->
     facts = next((cell for cell in cells if "objective" in cell), cells[0])
     lines = [
         f"## `{teacher}`", "",
-        f"{facts['num_images']:,} images for each number; {facts['processor']}; "
-        f"training in {facts['mixed_precision']}; torch {facts['torch']}.", "",
+        f"{facts['num_images']:,} images for each number; {facts['device']}; "
+        f"training in {facts.get('mixed_precision', 'float32')}; torch {facts['torch']}.", "",
         f"![FID against network calls]({teacher}/nfe.png) ![FID against training time]({teacher}/time.png)", "",
         "| student | training | updates | network calls | FID | precision | recall | paired error | seeds |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
@@ -85,7 +85,7 @@ def lever_table(cells: Sequence[dict[str, Any]]) -> list[str]:
     minutes = levers[0]["minutes"]
     lines = [
         "", "### One setting changed at a time", "",
-        f"Single runs of {minutes:g} minutes, threads: {levers[0]['threads']}; the student that is changed comes first.", "",
+        f"Single runs of {minutes:g} minutes, threads: {levers[0]['threads']}; the unchanged student comes first.", "",
         "| student | setting | updates | FID | precision | recall | paired error |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]  # fmt: skip

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
+from bootcli.objectives.adversary import Adversary
+from bootcli.objectives.corrector import Corrector
 from bootcli.pipelines import distill as pipeline
 from bootcli.pipelines.distill import distill, dry_run
 from bootcli.pipelines.events import Finished, Previewed, Saved, Started, Stepped
@@ -262,6 +264,32 @@ def test_init_from_starts_at_the_other_students_weights(
     list(distill(config, tmp_path / "run"))
     one, two = load_file(RunDir(tiny_run).student), load_file(RunDir(tmp_path / "run").student)
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+
+
+def test_dry_run_takes_updates_as_they_are_later(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the critic and the judge that come in late, and the teacher's paths by their share."""
+    words = {"objective": "kd", "corrector": True, "correction.start": 600, "adversary.start": 600, "kd.reuse": 10}
+    words |= {"kd.adversary": 0.5, "kd.teacher_steps": 2, "batch_size": 8, "steps": 1000}
+    heard, reports = [], iter([1.0, 0.7, 0.2])
+    for part in (Corrector, Adversary):
+        loss = part.loss
+        monkeypatch.setattr(
+            part, "loss", lambda *a, loss=loss, **k: heard.append(k["listens"]) or loss(*a, **k)
+        )  # fmt: skip
+    update = Trainer._update
+    monkeypatch.setattr(
+        Trainer, "_update", lambda self, step: dataclasses.replace(update(self, step), seconds=next(reports))
+    )
+    estimate = dry_run(resolve_config(settings | words, {}, {}))
+    assert heard == [True] * 6
+    assert estimate.seconds_per_step == pytest.approx(0.2 + 0.5 / 10)
+    assert estimate.total_seconds == pytest.approx(250)
+    assert estimate.config["correction"]["start"] == 600  # type: ignore[index]
+    assert estimate.config["kd"]["reuse"] == 10  # type: ignore[index]
+    reports = iter([1.0, 0.7, 0.2])
+    assert dry_run(resolve_config(settings | words | {"max_minutes": 1.0}, {}, {})).total_seconds == 60
 
 
 def test_dry_run_measures_and_writes_nothing(settings: dict[str, object], tmp_path: Path) -> None:

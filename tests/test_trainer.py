@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from bootcli.batch import Batch
+from bootcli.batch import Batch, MicroBatch
 from bootcli.config import DistillConfig, resolve
 from bootcli.ema import EMA
 from bootcli.engine import Engine
 from bootcli.errors import BootError
 from bootcli.objectives.adversary import Verdict
+from bootcli.objectives.base import Terms
 from bootcli.objectives.kd import KD
 from bootcli.pipelines.setup import Distillation, set_up
 from bootcli.plugin import Teacher
 from bootcli.trainer import StepReport, Trainer, stream
+from bootcli.trainer import report as report_of
 
 GOLDEN = Path(__file__).parent / "golden" / "loss_curve.json"
 
@@ -219,7 +221,7 @@ def test_the_adversary_weighs_as_much_as_the_samples_it_judges(
         work.adversary.loss = lambda *_, student=student, **__: Verdict(  # type: ignore[method-assign, misc]
             torch.tensor(student), torch.tensor(0.0), torch.ones(ends)
         )
-        batch = Batch(work, work.config, {"judge": judge}, trainer.parts, 1, 200, torch.Generator().manual_seed(0))
+        batch = Batch(work, work.config, {"judge": judge}, trainer.parts, 1, 1, 0.0, torch.Generator().manual_seed(0))
         losses.append(float(batch.micro_batch(work.student, 0, torch.device("cpu")).loss.detach()))
     assert losses[1] - losses[0] == pytest.approx(0.5 * 3.0 * ends / 8, rel=1e-4)
 
@@ -230,7 +232,8 @@ def test_the_adversary_weighs_as_much_as_the_samples_it_judges(
         ({"replay.adversary": 0.5}, "needs stored paths"),
         ({"objective": "kd", "replay.share": 0.25, "replay.adversary": 0.5}, "Set kd.adversary"),
         ({"objective": "kd", "kd.adversary": 0.5, "adversary.levels": [0.2, 0.1]}, "do not rise"),
-        ({"replay.share": 0.25, "replay.adversary": 0.5}, "2 samples in a micro-batch are replayed, of 4 points"),
+        ({"replay.share": 0.25, "replay.adversary": 0.5}, "2 samples in a micro-batch learn 4 points"),
+        ({"objective": "kd", "kd.adversary": 0.5, "kd.points": 9}, "8 samples in a micro-batch learn 9 points"),
     ],
 )
 def test_an_adversary_without_samples_is_refused(
@@ -239,6 +242,42 @@ def test_an_adversary_without_samples_is_refused(
     with pytest.raises(BootError) as error:
         build(tiny_teacher, config_of(**settings))
     assert message in f"{error.value.message} {error.value.hint}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "new"),
+    [
+        ({"objective": "kd"}, 8),
+        ({"objective": "kd", "refiner.share": 0.25}, 6),
+        ({"objective": "kd", "corrector": True, "correction.share": 0.25}, 6),
+        ({"objective": "boot", "replay.share": 0.5, "replay.points": 1}, 4),
+    ],
+)
+def test_a_path_is_reused_as_often_as_is_said(tiny_teacher: Teacher, settings: dict[str, object], new: int) -> None:
+    """An update with reuse 1 makes as many new paths as it learns from, whatever shares the batch."""
+    few = {f"{name}.{key}": 1 for name in ("kd", "replay") for key in ("reuse", "teacher_steps")}
+    work, trainer = build(tiny_teacher, config_of(**few, **settings, steps=3))
+    paths, stored = work.replay or work.objective, []
+    for _ in trainer.run():
+        stored.append(len(paths.state()["eps"]))
+    assert [after - before for before, after in itertools.pairwise(stored)] == [new, new]
+
+
+def test_training_is_as_far_as_its_steps_or_its_time(tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, trainer = build(tiny_teacher, config_of(steps=4, max_minutes=1.0))
+    used, seen, draw = iter([0.0, 0.1, 0.9, 0.2]), [], work.objective.draw
+    monkeypatch.setattr(trainer, "_time_used", lambda: next(used))
+    monkeypatch.setattr(work.objective, "draw", lambda *args: seen.append(args[-1]) or draw(*args))
+    list(trainer.run())
+    assert seen == [0.0, 0.25, 0.9, 0.75]
+
+
+def test_bins_of_the_residual_are_of_the_whole_range() -> None:
+    t, residual = torch.tensor([0.05, 0.1, 0.3, 0.45]), torch.tensor([1.0, 3.0, 5.0, 7.0])
+    terms = Terms(torch.tensor(0.0), {}, residual, t, residual)
+    bins = report_of(1, 0.0, [MicroBatch(terms, terms.loss, {}, {})], 1.0, 0.0, 0.0, 0.0).residual_bins
+    assert bins[:3] == (2.0, 5.0, 7.0)
+    assert all(math.isnan(each) for each in bins[3:])
 
 
 def test_a_batch_too_small_for_its_parts_is_refused(tiny_teacher: Teacher) -> None:

@@ -12,13 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.pipelines import distill as pipeline
 from bootcli.pipelines.distill import distill
 from bootcli.pipelines.events import Finished, Scored, Stepped, Warned
 from bootcli.pipelines.scoring import Scorer
 from bootcli.pipelines.settings import resolve_config, resume_config
+from bootcli.pipelines.setup import set_up
 from bootcli.store.rundir import RunDir
+from bootcli.teachers.registry import load
 from bootcli.trainer import StepReport, Trainer
 from bootcli.watch import COLLAPSED, NOISY, RISEN, Score, Watch
 
@@ -76,6 +79,16 @@ def settings() -> dict[str, object]:
     }
 
 
+def test_a_score_is_of_what_sample_draws(settings: dict[str, object]) -> None:
+    """In float32, whatever the student is trained in."""
+    scores = []
+    for precision in ("no", "bf16"):
+        config = resolve_config({**settings, "mixed_precision": precision}, {}, {})
+        engine = Engine("cpu", config.mixed_precision)
+        scores.append(Scorer(set_up(load(config.teacher).teacher, config, engine), engine).score(0))
+    assert scores[0] == scores[1]
+
+
 def scripted(monkeypatch: pytest.MonkeyPatch, *fids: float) -> None:
     """The distances that the scores will find, by their number."""
     honest, script = Scorer.score, {2 * (i + 1): fid for i, fid in enumerate(fids)}
@@ -118,6 +131,14 @@ def test_best_survives_a_resume(settings: dict[str, object], tmp_path: Path, mon
     assert finished.best is not None
     assert finished.best.step == 2
     assert all(torch.equal(kept[name], tensor) for name, tensor in load_file(RunDir(run).student).items())
+
+
+def test_patience_without_scores_is_refused(settings: dict[str, object], tiny_ddpm: Path, tmp_path: Path) -> None:
+    for words in ({"watch.every": 0}, {"teacher": str(tiny_ddpm)}):
+        config = resolve_config(settings | words | {"watch.patience": 2}, {}, {})
+        with pytest.raises(UsageError, match=r"watch\.patience"):
+            next(iter(distill(config, tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_patience_ends_a_run(settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

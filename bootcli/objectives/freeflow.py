@@ -81,10 +81,10 @@ class FreeFlow(Objective[PathDraw]):
             cond: conditions of the b samples.
         """
         eps, s, schedule = draw.eps, draw.s, self.teacher.schedule
-        with torch.no_grad():
-            drift = self._drift(student, draw, cond)
         y, start_error = at_boundary(student, self.teacher, draw, cond, s, self.t_max, self.config.power)
         known = y.detach()
+        with torch.no_grad():
+            drift = self._drift(student, draw, cond, known)
         f = self.teacher.x0(from_signal(known, eps, schedule(s)), s, cond)
         target = f + drift  # y + R
 
@@ -107,16 +107,14 @@ class FreeFlow(Objective[PathDraw]):
             case _:
                 assert_never(self.config.weight)
 
-    def _drift(self, student: Student, draw: PathDraw, cond: Cond) -> Tensor:
-        """dy / dlambda at s, shape (b, c, h, w)."""
+    def _drift(self, student: Student, draw: PathDraw, cond: Cond, y: Tensor) -> Tensor:
+        """dy / dlambda at s, where the student is y, shape (b, c, h, w)."""
         eps, t, s, schedule = draw.eps, draw.t, draw.s, self.teacher.schedule
         match self.config.derivative:
             case "difference":
                 # One implicit step has y_s = f_s + r (y_t - f_s), hence y_s - f_s = r / (1 - r) * (y_t - y_s).
-                both = student(torch.cat([eps, eps]), torch.cat([s, t]), cond.then(cond))
-                y_s, y_t = both[: len(eps)], both[len(eps) :]
                 r = step_ratio(schedule(t), schedule(s))
-                drift: Tensor = like(r / (1 - r), eps) * (y_t - y_s)
+                drift: Tensor = like(r / (1 - r), eps) * (student(eps, t, cond) - y)
                 return drift
             case "jvp":
                 # The fused attention kernels have no forward mode, and autocast leaves tangents in another format.

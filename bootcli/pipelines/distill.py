@@ -62,7 +62,10 @@ def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite
         _restore(trainer, rundir)
     engine.wait()  # every process has looked at the folder
     if engine.is_main:
+        if resume:
+            rundir.trim(trainer.step)
         rundir.create(work.config, keep=resume)
+    engine.wait()
     session = _Session(rundir, work, trainer, loaded.family.name, engine)
     events = session.events()
     if engine.is_main:
@@ -79,7 +82,6 @@ def _restore(trainer: Trainer, rundir: RunDir) -> None:
         trainer.load_state(tensors, facts)
     except (KeyError, RuntimeError, ValueError) as error:
         raise BootError(f"The checkpoint in {rundir.checkpoints} does not fit this run: {error}.") from error
-    rundir.trim(trainer.step)
 
 
 class _Session:
@@ -159,12 +161,13 @@ class _Session:
         yield Stepped(report)
         if warning := self._watch.follow(report.residual):
             yield Warned(report.step, warning)
+        # First the state: pictures and scores take memory that training does not, and may fail.
+        if config.checkpoint_every and report.step % config.checkpoint_every == 0 and not last:
+            yield self._checkpoint()
         if config.preview_every and report.step % config.preview_every == 0:
             yield from self._preview()
         if config.watch.every and report.step % config.watch.every == 0:
             yield from self._score()
-        if config.checkpoint_every and report.step % config.checkpoint_every == 0 and not last:
-            yield self._checkpoint()
 
     def _score(self) -> Iterator[Event]:
         """Measure the student; keep it where it is the best so far."""
@@ -187,11 +190,11 @@ class _Session:
     def _finish(self, began: float, first: int, ended_by: str) -> Iterator[Event]:
         if not all(bool(weight.isfinite().all()) for weight in self.trainer.ema.weights.values()):
             raise BootError(f"The weights are not finite after step {self.trainer.step}: no student is written.", AGAIN)
+        if self.trainer.step > first:
+            yield self._checkpoint()
         yield from self._preview()
         if self.config.watch.every:
             yield from self._score()
-        if self.trainer.step > first:
-            yield self._checkpoint()
         best = self._watch.best
         if self.engine.is_main:
             if best is not None and best.step < self.trainer.step and self.rundir.best.is_file():
@@ -224,7 +227,7 @@ class _Session:
         eps = prior_noise(range(self.config.seed, self.config.seed + PREVIEWS), teacher.spec.sample_shape)
         eps = eps.to(self.engine.device)
         cond = work.conditions.rows(torch.arange(PREVIEWS) % len(work.conditions)).to(self.engine.device)
-        with self.engine.autocast(), self.trainer.ema.applied_to(work.student):
+        with self.trainer.ema.applied_to(work.student):
             if self._teacher_samples is None:
                 steps = self.config.preview_teacher_steps
                 self._teacher_samples = teacher_endpoint(work.view, eps, cond, work.t_max, steps)
@@ -244,7 +247,7 @@ class Estimate:
     Args:
         config: resolved, nested.
         facts: as at the start of a run.
-        seconds_per_step, total_seconds: measured on one update after a warm-up.
+        seconds_per_step, total_seconds: measured on updates after a warm-up, without pictures and scores.
         memory_bytes: peak of the GPU; on a CPU what the process holds after the updates.
         parameters: of the student.
     """
@@ -258,18 +261,35 @@ class Estimate:
 
 
 def dry_run(config: DistillConfig) -> Estimate:
-    """Set the run up, take two updates, write nothing."""
+    """Set the run up, take three updates, write nothing.
+
+    Whoever learns beside the student does so at once here. The second update makes teacher paths, where the run stores
+    any, and the third does not.
+    """
     engine = Engine(config.device, config.mixed_precision)
     loaded = load(config.teacher)
-    work = set_up(loaded.teacher, config, engine)
-    trainer = Trainer(work, dataclasses.replace(work.config, steps=2), engine)
-    *_, report = trainer.run()
+    soon, paths = {"start": 0, "warmup": 0}, {"reuse": 2, "buffer": config.batch_size}
+    usual = dataclasses.replace(
+        config,
+        steps=3,
+        correction=dataclasses.replace(config.correction, **soon),  # type: ignore[arg-type]
+        adversary=dataclasses.replace(config.adversary, **soon),  # type: ignore[arg-type]
+        kd=dataclasses.replace(config.kd, **paths),  # type: ignore[arg-type]
+        replay=dataclasses.replace(config.replay, **paths),  # type: ignore[arg-type]
+    )
+    work = set_up(loaded.teacher, usual, engine)
+    trainer = Trainer(work, work.config, engine)
+    _, with_paths, without = trainer.run()
+    stored = config.kd if config.objective == "kd" else config.replay if config.replay.share else None
+    of_paths = max(0.0, with_paths.seconds - without.seconds) / stored.reuse if stored else 0.0
+    seconds = without.seconds + of_paths
+    parts = {name: getattr(config, name) for name in ("steps", "correction", "adversary", "kd", "replay")}
     facts = _Session(RunDir(Path()), work, trainer, loaded.family.name, engine).facts(loaded.origin)
     return Estimate(
-        config=to_dict(work.config),
+        config=to_dict(dataclasses.replace(work.config, **parts)),
         facts=facts,
-        seconds_per_step=report.seconds,
-        total_seconds=report.seconds * config.steps,
+        seconds_per_step=seconds,
+        total_seconds=min(seconds * config.steps, 60 * (config.max_minutes or math.inf)),
         memory_bytes=_memory(engine.device),
         parameters=sum(p.numel() for p in work.student.parameters()),
     )

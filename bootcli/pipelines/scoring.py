@@ -1,4 +1,7 @@
-"""The score of a student that is still learning: small, cheap, always of the same seeds."""
+"""The score of a student that is still learning: small, cheap, always of the same seeds.
+
+In float32, as `bootcli sample` draws: in bf16 black is not quite black, and the distance tells.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class Scorer:
 
     Args:
         work: the run.
-        engine: where and in what precision.
+        engine: where.
 
     Raises `UsageError` or `BootError` where the configured reference cannot be used.
     """
@@ -57,19 +60,18 @@ class Scorer:
 
     def _student(self) -> Iterator[Tensor]:
         for eps, seeds in self._noise(DIVERSE if self.reference is None else self.work.config.watch.num_images):
-            with self.engine.autocast():
-                yield self.work.student.sample(eps, self.cond_of(seeds).to(self.engine.device)).cpu()
+            yield self.work.student.sample(eps, self.cond_of(seeds).to(self.engine.device)).cpu()
 
     def _teacher(self) -> Iterator[Tensor]:
         work = self.work
         for eps, seeds in self._noise(DIVERSE):
             cond = self.cond_of(seeds).to(self.engine.device)
-            with self.engine.autocast():
-                yield teacher_endpoint(work.view, eps, cond, work.t_max, TEACHER_STEPS).cpu()
+            yield teacher_endpoint(work.view, eps, cond, work.t_max, TEACHER_STEPS).cpu()
 
     def _noise(self, count: int) -> Iterator[tuple[Tensor, range]]:
-        for first in range(0, count, BATCH):
-            seeds = range(FIRST_SEED + first, FIRST_SEED + min(first + BATCH, count))
+        size = min(BATCH, self.work.config.batch_size)  # what training has room for
+        for first in range(0, count, size):
+            seeds = range(FIRST_SEED + first, FIRST_SEED + min(first + size, count))
             yield prior_noise(seeds, self.work.view.teacher.spec.sample_shape).to(self.engine.device), seeds
 
 

@@ -36,12 +36,10 @@ class Distillation(Work):
 
     Args:
         view: the teacher as a guided denoiser.
-        t_max: where the path starts.
         config: with every "auto" resolved.
     """
 
     view: TeacherView
-    t_max: float
     config: DistillConfig
 
 
@@ -116,6 +114,8 @@ def set_up(teacher: Teacher, config: DistillConfig, engine: Engine, *, fresh: bo
         engine: where to.
         fresh: give the student its starting point; False where a checkpoint will replace it.
     """
+    if config.watch.patience and not (config.watch.every and (config.watch.reference or teacher.feature_space())):
+        raise UsageError("watch.patience counts scores.", "Set watch.every and watch.reference, or leave it out.")
     pool = condition_pool(teacher, config)
     view = teacher_view(teacher, config, engine)
     t_max = start_time(teacher, config)

@@ -87,7 +87,7 @@ def test_gradient_is_at_the_cleaner_time_and_the_difference_looks_to_noise() -> 
 
     FreeFlow(FreeFlowConfig(), TeacherView(teacher), 0.0, 1.0).loss(student, draw, Cond())  # type: ignore[arg-type]
     cleaner, noisier = set(draw.s.tolist()), set(draw.t.tolist())
-    assert asked == [(False, cleaner | noisier), (True, cleaner | {1.0})]
+    assert asked == [(True, cleaner | {1.0}), (False, noisier)]
 
 
 @every_schedule
