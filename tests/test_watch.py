@@ -20,6 +20,7 @@ from bootcli.pipelines.events import Finished, Scored, Stepped, Warned
 from bootcli.pipelines.scoring import Scorer
 from bootcli.pipelines.settings import resolve_config, resume_config
 from bootcli.pipelines.setup import set_up
+from bootcli.store.checkpoint import checkpoints
 from bootcli.store.rundir import RunDir
 from bootcli.teachers.registry import load
 from bootcli.trainer import StepReport, Trainer
@@ -131,6 +132,18 @@ def test_best_survives_a_resume(settings: dict[str, object], tmp_path: Path, mon
     assert finished.best is not None
     assert finished.best.step == 2
     assert all(torch.equal(kept[name], tensor) for name, tensor in load_file(RunDir(run).student).items())
+
+
+def test_a_score_that_fails_loses_no_update(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Scorer, step: int) -> Score:
+        raise MemoryError
+
+    monkeypatch.setattr(Scorer, "score", fails)
+    with pytest.raises(MemoryError):
+        list(distill(resolve_config(settings, {}, {}), tmp_path / "run"))
+    assert [path.stem for path in checkpoints(RunDir(tmp_path / "run").checkpoints)] == ["step-00000002"]
 
 
 def test_patience_without_scores_is_refused(settings: dict[str, object], tiny_ddpm: Path, tmp_path: Path) -> None:
