@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal, assert_never
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from bootcli.maths.schedule import Coefficients, Schedule
 Solver = Literal["euler", "midpoint", "heun", "multistep"]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """f(x_t, t): x_t of shape (b, ...), t of shape (b,), returns x_0 of shape (b, ...)."""
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
 
 
 def to_signal(x_t: Tensor, eps: Tensor, at: Coefficients) -> Tensor:
@@ -48,14 +50,33 @@ def exact_step(y_t: Tensor, f: Tensor, r: Tensor) -> Tensor:
     return f + like(r, y_t) * (y_t - f)
 
 
+def mean_time(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
+    """The time at which an f that is linear in t has its mean over the step from t to s, shape (b,), float64.
+
+    With the inverse noise level ``u = alpha / sigma`` the Signal-ODE is ``d(u y) = f du``, so a step is exact with the
+    mean of f under du, and that time is ``(integral of tau du) / (u_s - u_t)``: half-way only for a small step. It is
+    taken by parts with 16 Gauss-Legendre nodes, so that the end of a path needs no care (sigma_s = 0: it is s).
+
+    Args:
+        t, s: times, shape (b,), s < t.
+    """
+    at_s = schedule(s)
+    shares = torch.from_numpy((NODES + 1) / 2).to(s)
+    inner = schedule(torch.lerp(t, s, shares[:, None]).flatten())
+    left = Coefficients(*(each.expand(len(shares), -1).flatten() for each in (at_s.alpha, at_s.sigma)))
+    r = step_ratio(schedule(t), at_s)
+    mean_r = torch.from_numpy(WEIGHTS / 2).to(s) @ step_ratio(inner, left).view(len(shares), -1)
+    return s + (s - t) * (r - mean_r) / (1 - r)
+
+
 def solve_step(
     denoiser: Denoiser, schedule: Schedule, y_t: Tensor, eps: Tensor, t: Tensor, s: Tensor, solver: Solver
 ) -> Tensor:
     """One step of the Signal-ODE from t to s with the teacher's denoiser.
 
-    ``euler`` (order 1, one evaluation) is DDIM. ``midpoint`` and ``heun`` (order 2, two evaluations) replace f by its
-    value half-way in t, and by the mean of its values at both ends; heun falls back to euler where sigma_s = 0, as
-    EDM's sampler does (Karras et al. 2022, algorithm 1).
+    ``euler`` (order 1, one evaluation) is DDIM. ``midpoint`` and ``heun`` (order 2, two evaluations) integrate exactly
+    the f that is linear in t through its values at t and half-way, or at t and s (`mean_time`); heun falls back to
+    euler where sigma_s = 0, as EDM's sampler does (Karras et al. 2022, algorithm 1).
 
     Args:
         denoiser: f(x_t, t).
@@ -73,17 +94,30 @@ def solve_step(
         case "euler":
             pass
         case "midpoint" | "multistep":  # one step has no earlier ones to learn from
-            middle = (t + s) / 2
-            at_middle = schedule(middle)
-            y_middle = exact_step(y_t, f, step_ratio(at_t, at_middle))
-            f = denoiser(from_signal(y_middle, eps, at_middle), middle)
+            f = _mean(schedule, f, _half_way(denoiser, schedule, y_t, eps, f, t, s), t, (t + s) / 2, s)
         case "heun":
             f_s = denoiser(from_signal(exact_step(y_t, f, r), eps, at_s), s)
             has_noise = like(at_s.sigma, y_t) > 0  # a selection: f_s may be NaN where it does not hold
-            f = torch.where(has_noise, (f + f_s) / 2, f)
+            f = torch.where(has_noise, _mean(schedule, f, f_s, t, s, s), f)
         case _:
             assert_never(solver)
     return exact_step(y_t, f, r)
+
+
+def _half_way(
+    denoiser: Denoiser, schedule: Schedule, y_t: Tensor, eps: Tensor, f: Tensor, t: Tensor, s: Tensor
+) -> Tensor:
+    """f half-way from t to s, after an euler step with f at t."""
+    middle = (t + s) / 2
+    at_middle = schedule(middle)
+    y_middle = exact_step(y_t, f, step_ratio(schedule(t), at_middle))
+    return denoiser(from_signal(y_middle, eps, at_middle), middle)
+
+
+def _mean(schedule: Schedule, f: Tensor, f_other: Tensor, t: Tensor, other: Tensor, s: Tensor) -> Tensor:
+    """The mean over the step from t to s of f, linear in time through its values at t and at another time."""
+    share = (mean_time(schedule, t, s) - t) / (other - t)
+    return f + like(share, f) * (f_other - f)
 
 
 def solve(
@@ -98,8 +132,8 @@ def solve(
 ) -> Tensor:
     """`solve_step` repeated: ``steps`` steps of equal length in t from t to s. Shapes as there.
 
-    ``multistep`` (order 2, one evaluation a step and one more) has f half-way by extrapolation from the starts of this
-    step and the one before, ``(3 f - f_before) / 2``; its first step is midpoint's.
+    ``multistep`` (order 2, one evaluation a step and one more) takes f to be linear through the starts of this step and
+    of the one before; its first step is midpoint's.
     """
     starts = [torch.lerp(t, s, i / steps) for i in range(steps + 1)]
     if solver == "multistep":
@@ -110,18 +144,12 @@ def solve(
 
 
 def _multistep(denoiser: Denoiser, schedule: Schedule, y: Tensor, eps: Tensor, times: Sequence[Tensor]) -> Tensor:
-    """Steps of equal length along ``times``; see `solve`."""
-    before: Tensor | None = None
+    """Steps along ``times``; see `solve`."""
+    before: tuple[Tensor, Tensor] | None = None
     for t, s in pairwise(times):
         at_t = schedule(t)
         f = denoiser(from_signal(y, eps, at_t), t)
-        if before is None:
-            middle = (t + s) / 2
-            at_middle = schedule(middle)
-            y_middle = exact_step(y, f, step_ratio(at_t, at_middle))
-            half_way = denoiser(from_signal(y_middle, eps, at_middle), middle)
-        else:
-            half_way = (3 * f - before) / 2
-        y = exact_step(y, half_way, step_ratio(at_t, schedule(s)))
-        before = f
+        other, f_other = before or ((t + s) / 2, _half_way(denoiser, schedule, y, eps, f, t, s))
+        y = exact_step(y, _mean(schedule, f, f_other, t, other, s), step_ratio(at_t, schedule(s)))
+        before = t, f
     return y

@@ -17,6 +17,7 @@ from bootcli.maths.signal_ode import (
     Solver,
     exact_step,
     from_signal,
+    mean_time,
     solve,
     solve_step,
     step_ratio,
@@ -113,6 +114,33 @@ def test_order_of_convergence(schedule: Schedule, solver: Solver, order: int) ->
     errors = [(end(steps, solver) - reference).square().mean().sqrt() for steps in counts]
     slope = linregress([-torch.tensor(n).log2() for n in counts], [error.log2() for error in errors]).slope
     assert abs(slope - order) < 0.12
+
+
+@pytest.mark.parametrize("solver", ["midpoint", "heun", "multistep"])
+@every_schedule
+def test_an_f_that_is_linear_in_time_is_integrated_exactly(schedule: Schedule, solver: Solver) -> None:
+    """In steps of any length: ``d(u y) = f du`` with u = alpha / sigma, here by a fine Riemann-Stieltjes sum."""
+    y, eps, start, slope = (noise(2, 1, 2, 2, seed=seed) for seed in range(4))
+    ends = (0.8, 0.1)
+    times = torch.linspace(*ends, 200_001, dtype=torch.float64)
+    at = schedule(times)
+    u, middles = at.alpha / at.sigma, (times[1:] + times[:-1]) / 2
+    mean = float((u.diff() * middles).sum() / (u[-1] - u[0]))
+    exact = (y * u[0] + (start + slope * mean) * (u[-1] - u[0])) / u[-1]
+
+    def linear(x_t: Tensor, t: Tensor) -> Tensor:
+        return start + slope * t.reshape(-1, 1, 1, 1)
+
+    for steps in (1, 3):
+        assert (path(linear, schedule, y, eps, ends, steps, solver) - exact).abs().max() < 1e-6
+
+
+@every_schedule
+def test_all_weight_of_the_last_step_is_at_the_end_of_the_path(schedule: Schedule) -> None:
+    t, s = torch.tensor([0.3, 1e-6]).double(), torch.tensor([0.0, 0.0]).double()
+    if float(schedule(s).sigma[0]) == 0:
+        assert torch.equal(mean_time(schedule, t, s), s)
+    assert ((mean_time(schedule, t, s) - s) <= (t - s) / 10).all()
 
 
 @pytest.mark.parametrize("solver", get_args(Solver))

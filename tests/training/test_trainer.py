@@ -1,4 +1,4 @@
-"""The training loop: EMA, splitting of batches, golden curve, resume bit for bit."""
+"""The training loop: EMA, golden curve, resume bit for bit, warm-up of companions, precision."""
 
 from __future__ import annotations
 
@@ -7,49 +7,22 @@ import itertools
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bootcli.batch import Batch, MicroBatch
-from bootcli.config import DistillConfig, resolve
+from bootcli.batch import MicroBatch
 from bootcli.ema import EMA
 from bootcli.engine import Engine
 from bootcli.errors import BootError
-from bootcli.objectives.adversary import Verdict
 from bootcli.objectives.base import Terms
-from bootcli.objectives.kd import KD
-from bootcli.pipelines.setup import Distillation, set_up
 from bootcli.plugin import Teacher
-from bootcli.trainer import StepReport, Trainer, stream
 from bootcli.trainer import report as report_of
+from bootcli.trainer import stream
+from tests.training.short import ADVERSARIES, DIRECTIONS, EVERYTHING, build, config_of, every_objective, run
 
-GOLDEN = Path(__file__).parent / "golden" / "loss_curve.json"
-
-
-def config_of(**settings: object) -> DistillConfig:
-    base: dict[str, object] = {
-        "steps": 6,
-        "batch_size": 8,
-        "learning_rate": 1e-3,
-        "optimizer.warmup_steps": 2,
-        "device": "cpu",
-        "mixed_precision": "no",
-    }
-    return resolve({**base, **settings})
-
-
-def build(teacher: Teacher, config: DistillConfig) -> tuple[Distillation, Trainer]:
-    engine = Engine("cpu", config.mixed_precision)
-    work = set_up(teacher, config, engine)
-    return work, Trainer(work, work.config, engine)
-
-
-def run(teacher: Teacher, config: DistillConfig) -> tuple[Trainer, list[StepReport]]:
-    _, trainer = build(teacher, config)
-    return trainer, list(trainer.run())
+GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curve.json"
 
 
 @pytest.mark.parametrize("ramp", [9.0, 2.0])
@@ -75,36 +48,6 @@ def test_training_streams_differ_by_step_and_seed_only() -> None:
     assert torch.equal(draws[0, 1], torch.randn(4, generator=stream(0, 1)))
     assert not torch.equal(draws[0, 1], draws[0, 2])
     assert not torch.equal(draws[0, 1], draws[1, 1])
-
-
-EVERYTHING: dict[str, object] = {
-    "corrector": True,
-    "correction.warmup": 2,
-    "refiner.share": 0.125,
-    "refiner.teacher_steps": 1,
-    "replay.share": 0.125,
-    "replay.teacher_steps": 4,
-    "replay.points": 1,
-    "kd.teacher_steps": 2,
-    "adversary.warmup": 1,
-}
-ADVERSARIES = {"boot": "replay.adversary", "freeflow": "replay.adversary", "kd": "kd.adversary"}
-DIRECTIONS = {"boot": "score", "freeflow": "score", "kd": "identity"}
-every_objective = pytest.mark.parametrize("objective", ["boot", "freeflow", "kd"])
-
-
-@every_objective
-def test_update_does_not_depend_on_how_the_batch_is_split(tiny_teacher: Teacher, objective: str) -> None:
-    """Also with a corrector, whose balance is a running mean over whole updates, and with stored paths."""
-    settings = {**EVERYTHING, "objective": objective, "steps": 4, "batch_size": 16, "optimizer.name": "adamw"}
-    settings |= {"correction.direction": DIRECTIONS[objective], ADVERSARIES[objective]: 0.5}
-    whole, ours = run(tiny_teacher, config_of(**settings))
-    split, theirs = run(tiny_teacher, config_of(**settings, **{"optimizer.accumulation": 2}))
-    assert [r.loss for r in ours] == pytest.approx([r.loss for r in theirs], rel=1e-3)
-    for networks in ("student", "critic", "judge"):
-        pairs = zip(getattr(whole.work, networks).parameters(), getattr(split.work, networks).parameters(), strict=True)
-        medians = [float((a - b).detach().abs().median()) for a, b in pairs]
-        assert max(medians) < 1e-4, medians  # a tenth of one update of Adam, whose first ones are sign-like
 
 
 @every_objective
@@ -182,87 +125,6 @@ def test_judge_warms_up_before_the_student_listens(tiny_teacher: Teacher, object
     assert seen == [1 if objective == "boot" else 8] * 4
 
 
-@pytest.mark.parametrize("objective", ["boot", "kd"])
-def test_judge_sees_an_end_with_the_condition_of_its_path(class_teacher: Teacher, objective: str) -> None:
-    settings: dict[str, object] = {"objective": objective, "steps": 2, "kd.teacher_steps": 2, "replay.teacher_steps": 4}
-    settings |= {"replay.share": 0.5} if objective == "boot" else {}
-    work, trainer = build(class_teacher, config_of(**settings, **{ADVERSARIES[objective]: 0.5}, classes=(1, 3)))
-    paths = work.replay if objective == "boot" else work.objective
-    assert work.adversary is not None
-    assert isinstance(paths, KD)
-    loss, seen = work.adversary.loss, set()
-
-    def watched(judge: Any, ends: Any, draw: Any, cond: Any, **kwargs: Any) -> object:
-        for row, point in zip(ends.rows, ends.points, strict=True):
-            stored = [torch.equal(point, points[-1]) for points in paths._points].index(True)
-            (label,) = cond.rows(row[None]).tensors["labels"].tolist()
-            assert label == (1, 3)[int(paths._rows[stored])]
-            seen.add(label)
-        return loss(judge, ends, draw, cond, **kwargs)
-
-    work.adversary.loss = watched  # type: ignore[method-assign]
-    list(trainer.run())
-    assert seen == {1, 3}
-
-
-@pytest.mark.parametrize(("objective", "ends"), [("boot", 1), ("kd", 8)])
-def test_the_adversary_weighs_as_much_as_the_samples_it_judges(
-    tiny_teacher: Teacher, objective: str, ends: int
-) -> None:
-    """Its balance times its loss of each end, in the mean over the whole batch."""
-    settings: dict[str, object] = {"objective": objective, "kd.teacher_steps": 2, "replay.teacher_steps": 4}
-    settings |= {"replay.share": 0.5} if objective == "boot" else {}
-    work, trainer = build(tiny_teacher, config_of(**settings, **{ADVERSARIES[objective]: 0.5}))
-    (work.replay or work.objective).renew(torch.Generator().manual_seed(0), 8, 0, trainer.engine)
-    assert work.adversary is not None
-    judge: Any = SimpleNamespace(prepared=work.judge, is_heard=lambda step: True, balance=SimpleNamespace(ratio=3.0))
-    losses = []
-    for student in (0.0, 1.0):
-        work.adversary.loss = lambda *_, student=student, **__: Verdict(  # type: ignore[method-assign, misc]
-            torch.tensor(student), torch.tensor(0.0), torch.ones(ends)
-        )
-        batch = Batch(work, work.config, {"judge": judge}, trainer.parts, 1, 1, 0.0, torch.Generator().manual_seed(0))
-        losses.append(float(batch.micro_batch(work.student, 0, torch.device("cpu")).loss.detach()))
-    assert losses[1] - losses[0] == pytest.approx(0.5 * 3.0 * ends / 8, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"replay.adversary": 0.5}, "needs stored paths"),
-        ({"objective": "kd", "replay.share": 0.25, "replay.adversary": 0.5}, "Set kd.adversary"),
-        ({"objective": "kd", "kd.adversary": 0.5, "adversary.levels": [0.2, 0.1]}, "do not rise"),
-        ({"replay.share": 0.25, "replay.adversary": 0.5}, "2 samples in a micro-batch learn 4 points"),
-        ({"objective": "kd", "kd.adversary": 0.5, "kd.points": 9}, "8 samples in a micro-batch learn 9 points"),
-    ],
-)
-def test_an_adversary_without_samples_is_refused(
-    tiny_teacher: Teacher, settings: dict[str, object], message: str
-) -> None:
-    with pytest.raises(BootError) as error:
-        build(tiny_teacher, config_of(**settings))
-    assert message in f"{error.value.message} {error.value.hint}"
-
-
-@pytest.mark.parametrize(
-    ("settings", "new"),
-    [
-        ({"objective": "kd"}, 8),
-        ({"objective": "kd", "refiner.share": 0.25}, 6),
-        ({"objective": "kd", "corrector": True, "correction.share": 0.25}, 6),
-        ({"objective": "boot", "replay.share": 0.5, "replay.points": 1}, 4),
-    ],
-)
-def test_a_path_is_reused_as_often_as_is_said(tiny_teacher: Teacher, settings: dict[str, object], new: int) -> None:
-    """An update with reuse 1 makes as many new paths as it learns from, whatever shares the batch."""
-    few = {f"{name}.{key}": 1 for name in ("kd", "replay") for key in ("reuse", "teacher_steps")}
-    work, trainer = build(tiny_teacher, config_of(**few, **settings, steps=3))
-    paths, stored = work.replay or work.objective, []
-    for _ in trainer.run():
-        stored.append(len(paths.state()["eps"]))
-    assert [after - before for before, after in itertools.pairwise(stored)] == [new, new]
-
-
 def test_training_is_as_far_as_its_steps_or_its_time(tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     work, trainer = build(tiny_teacher, config_of(steps=4, max_minutes=1.0))
     used, seen, draw = iter([0.0, 0.1, 0.9, 0.2]), [], work.objective.draw
@@ -278,25 +140,6 @@ def test_bins_of_the_residual_are_of_the_whole_range() -> None:
     bins = report_of(1, 0.0, [MicroBatch(terms, terms.loss, {}, {})], 1.0, 0.0, 0.0, 0.0).residual_bins
     assert bins[:3] == (2.0, 5.0, 7.0)
     assert all(math.isnan(each) for each in bins[3:])
-
-
-def test_a_batch_too_small_for_its_parts_is_refused(tiny_teacher: Teacher) -> None:
-    with pytest.raises(BootError, match="leave none to predict"):
-        build(tiny_teacher, config_of(**EVERYTHING, batch_size=3))
-
-
-def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny_teacher: Teacher) -> None:
-    settings: dict[str, object] = {"steps": 2, "optimizer.name": "adamw"}
-    whole, _ = run(tiny_teacher, config_of(**settings))
-    split, _ = run(tiny_teacher, config_of(**settings, **{"optimizer.accumulation": 2}))
-    for a, b in zip(whole.work.student.parameters(), split.work.student.parameters(), strict=True):
-        # Adam's first updates are sign-like, so that a gradient near 0 may round to the other side.
-        assert (a - b).detach().abs().median() < 1e-6
-
-
-def test_a_batch_that_cannot_be_split_is_refused(tiny_teacher: Teacher) -> None:
-    with pytest.raises(BootError, match="cannot be split"):
-        build(tiny_teacher, config_of(**{"optimizer.accumulation": 3}))
 
 
 def test_the_same_seed_gives_the_same_run(tiny_teacher: Teacher) -> None:
