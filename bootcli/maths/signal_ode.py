@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal, assert_never
 
-import numpy as np
 import torch
+from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
 from bootcli.maths.broadcast import like
@@ -27,7 +27,7 @@ from bootcli.maths.schedule import Coefficients, Schedule
 Solver = Literal["euler", "midpoint", "heun", "multistep"]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """f(x_t, t): x_t of shape (b, ...), t of shape (b,), returns x_0 of shape (b, ...)."""
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
+NODES, WEIGHTS = leggauss(16)
 
 
 def to_signal(x_t: Tensor, eps: Tensor, at: Coefficients) -> Tensor:
