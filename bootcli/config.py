@@ -123,7 +123,7 @@ class PathsConfig:
     teacher_steps: Positive = 12
     """Teacher steps in a path."""
     solver: Solver = "multistep"
-    """Teacher step; multistep is as exact as midpoint with half the evaluations, along many steps."""
+    """Teacher step; multistep takes one evaluation a step, midpoint and heun take two."""
     points: Positive = 1
     """Points of a path that are learned, the end among them: 1 is the end alone."""
     buffer: Positive = 16_384

@@ -27,7 +27,8 @@ from bootcli.maths.schedule import Coefficients, Schedule
 Solver = Literal["euler", "midpoint", "heun", "multistep"]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """f(x_t, t): x_t of shape (b, ...), t of shape (b,), returns x_0 of shape (b, ...)."""
-NODES, WEIGHTS = leggauss(16)
+NODES, WEIGHTS = ((torch.from_numpy(each) + shift) / 2 for each, shift in zip(leggauss(16), (1, 0), strict=True))
+"""Gauss-Legendre on [0, 1], float64."""
 
 
 def to_signal(x_t: Tensor, eps: Tensor, at: Coefficients) -> Tensor:
@@ -61,11 +62,8 @@ def mean_time(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
         t, s: times, shape (b,), s < t.
     """
     at_s = schedule(s)
-    shares = torch.from_numpy((NODES + 1) / 2).to(s)
-    inner = schedule(torch.lerp(t, s, shares[:, None]).flatten())
-    left = Coefficients(*(each.expand(len(shares), -1).flatten() for each in (at_s.alpha, at_s.sigma)))
-    r = step_ratio(schedule(t), at_s)
-    mean_r = torch.from_numpy(WEIGHTS / 2).to(s) @ step_ratio(inner, left).view(len(shares), -1)
+    r, inner = step_ratio(schedule(t), at_s), schedule(torch.lerp(t, s, NODES[:, None]))
+    mean_r = WEIGHTS @ step_ratio(inner, at_s)
     return s + (s - t) * (r - mean_r) / (1 - r)
 
 
