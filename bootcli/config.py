@@ -239,6 +239,8 @@ class DistillConfig:
     classes: tuple[Count, ...] | None = None
     """Class labels to distil; None is all of them."""
     guidance_scale: Annotated[float, Ge(0)] = 1.0
+    clock: Literal["native", "log"] = "native"
+    """How times lie between data and noise: as the teacher's family spaces them, or uniformly in log sigma."""
     steps: Positive = 20_000
     max_minutes: PositiveFloat | None = None
     """Training ends after so many minutes, if its steps are not done before; pictures and scores do not count."""

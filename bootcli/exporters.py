@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,6 +36,19 @@ import runpy, sys
 sys.modules["bootcli"] = None
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+_CARD = """\
+---
+{front_matter}
+---
+
+# A one-step image model
+
+This model makes an image from noise in **one** call of its network. It was distilled with bootcli, without any training
+images, from the diffusion model `{name}` of the {family} family. Its samples are {shape}.
+
+{licence}`{file}` holds the network; its header says how it is built, and `bootcli.json` how it was checked.
 """
 
 Tensors = Mapping[str, Tensor]
@@ -128,6 +142,21 @@ def write_network(artifact: Artifact, folder: Path) -> None:
         "training_steps": artifact.step,
     }
     write_tensors(folder / NETWORK, student.net.state_dict(), header)
+    (folder / "README.md").write_text(model_card(artifact), encoding="utf-8")
+
+
+def model_card(artifact: Artifact) -> str:
+    """What the network is, and the licence it inherits from its teacher, where that is known."""
+    facts = artifact.student.teacher.describe()
+    data = ModelCardData(
+        tags=["one-step", "distillation", "boot"], license=facts.get("licence"), base_model=facts.get("source")
+    )
+    licence = f"Its licence is that of its teacher: {facts['licence']}.\n\n" if "licence" in facts else ""
+    name = Path(artifact.config.teacher).name
+    shape = "x".join(map(str, artifact.student.teacher.spec.sample_shape))
+    return _CARD.format(
+        front_matter=data.to_yaml(), name=name, family=artifact.family, shape=shape, file=NETWORK, licence=licence
+    )
 
 
 @torch.no_grad()

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
         vp_table,
     )
     from bootcli.maths.threshold import Clip, Dynamic, NoThreshold, Threshold
-    from bootcli.teachers.protocol import Cond, Exporter, FeatureSpace, Head, Teacher, TeacherSpec
+    from bootcli.teachers.feature_folder import load_feature_space
+    from bootcli.teachers.protocol import Clock, Cond, Exporter, FeatureSpace, Head, Teacher, TeacherSpec
+    from bootcli.teachers.weights import misfit, read_archive
     from bootcli.testing import check_teacher
 
 _HOMES = {
@@ -38,7 +40,9 @@ _HOMES = {
         "vp_table",
     ),
     "bootcli.maths.threshold": ("Clip", "Dynamic", "NoThreshold", "Threshold"),
-    "bootcli.teachers.protocol": ("Cond", "Exporter", "FeatureSpace", "Head", "Teacher", "TeacherSpec"),
+    "bootcli.teachers.feature_folder": ("load_feature_space",),
+    "bootcli.teachers.protocol": ("Clock", "Cond", "Exporter", "FeatureSpace", "Head", "Teacher", "TeacherSpec"),
+    "bootcli.teachers.weights": ("misfit", "read_archive"),
     "bootcli.testing": ("check_teacher",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -47,6 +51,7 @@ __all__ = [
     "Alias",
     "BootError",
     "Clip",
+    "Clock",
     "Coefficients",
     "Cond",
     "CosineVP",
@@ -66,6 +71,9 @@ __all__ = [
     "UsageError",
     "VarianceExploding",
     "check_teacher",
+    "load_feature_space",
+    "misfit",
+    "read_archive",
     "vp_table",
 ]
 

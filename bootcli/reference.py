@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +37,7 @@ class Reference:
         floor: the distance of other real images to these, by their number; empty where unknown.
         features: of at most `MOST_ROWS` of the reference images, (n, d) on the CPU; None where only their statistics
             are known.
+        classes_of: (b, d) features -> (b, num_classes) logits of the teacher's classes; None where unknown.
     """
 
     feature_space: str
@@ -45,6 +46,7 @@ class Reference:
     source: str
     floor: Mapping[int, float] = field(default_factory=dict)
     features: Tensor | None = None
+    classes_of: Callable[[Tensor], Tensor] | None = None
 
 
 def reference_for(
@@ -68,7 +70,8 @@ def reference_for(
         rows = None if own.features is None else some_rows(own.features.cpu(), MOST_ROWS)
         if with_features:
             _need_features(rows, "This teacher's own reference")
-        return Reference(own.name, own.network.eval().to(device), statistics, own.source, own.floor, rows)
+        network = own.network.eval().to(device)
+        return Reference(own.name, network, statistics, own.source, own.floor, rows, own.classes_of)
     prefix, _, rest = reference.partition(":")
     inception = prefix in INCEPTION
     path = Path(rest if inception else reference).expanduser()
@@ -85,7 +88,8 @@ def reference_for(
         images = folder_images(path, None if inception else _image_shape(teacher, device))
         features = features_of(images, network, device)
         known = gaussian_fit(features), some_rows(features, MOST_ROWS)
-    return Reference(space, network, known[0], str(path), features=known[1])
+    classes_of = None if inception or own is None else own.classes_of
+    return Reference(space, network, known[0], str(path), features=known[1], classes_of=classes_of)
 
 
 def _need_features(features: Tensor | None, source: str) -> None:

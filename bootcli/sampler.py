@@ -15,7 +15,7 @@ from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.images import to_uint8
 from bootcli.maths.broadcast import like
-from bootcli.maths.sampling import ddim
+from bootcli.maths.sampling import ddim, heun
 from bootcli.maths.signal_ode import from_signal
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond
@@ -76,7 +76,7 @@ def student_images(
 def teacher_images(
     view: TeacherView, steps: int, cond_of: CondOf, seeds: Sequence[int], batch_size: int, engine: Engine
 ) -> Iterator[Tensor]:
-    """Samples of the reference sampler (DDIM, eta 0, trailing) as uint8 batches (b, c, H, W) on the CPU.
+    """Samples of the reference sampler (DDIM, eta 0, trailing; or Heun) as uint8 batches (b, c, H, W) on the CPU.
 
     Raises `UsageError` for more steps than the teacher has timesteps.
     """
@@ -86,7 +86,7 @@ def teacher_images(
         x = view.schedule.prior_scale * prior_noise(rows, view.teacher.spec.sample_shape).to(engine.device)
         cond = cond_of(rows).to(engine.device)
         with engine.autocast():
-            z = _last(ddim(partial(view.x0, cond=cond), view.schedule, x, times))
+            z = _end_of_path(view, x, cond, times)
         yield to_uint8(view.teacher.decode(z))[: len(batch)].cpu()
 
 
@@ -131,7 +131,20 @@ def teacher_endpoint(view: TeacherView, eps: Tensor, cond: Cond, t_max: float, s
     at = view.schedule(t)
     f = view.x0(like(at.sigma, eps) * eps, t, cond)
     times = view.schedule.grid(steps) * t_max
-    return _last(ddim(lambda x, t: view.x0(x, t, cond), view.schedule, from_signal(f, eps, at), times))
+    return _end_of_path(view, from_signal(f, eps, at), cond, times)
+
+
+def _end_of_path(view: TeacherView, x: Tensor, cond: Cond, times: Tensor) -> Tensor:
+    """Where the reference sampler ends that starts with ``x`` at ``times[0]``."""
+    sampler = {"ddim": ddim, "heun": heun}[view.teacher.spec.sampler]
+    *_, state = sampler(partial(view.x0, cond=cond), view.schedule, x, times)
+    return state
+
+
+def reference_calls(view: TeacherView, steps: int) -> int:
+    """Calls of the network for an image of so many steps of the reference sampler; a guided one has two."""
+    evaluations = 2 * steps - 1 if view.teacher.spec.sampler == "heun" else steps
+    return evaluations * (1 if view.guidance_scale == 1.0 else 2)
 
 
 def _batches(seeds: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
@@ -142,8 +155,3 @@ def _batches(seeds: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
 def _pair(batch: Sequence[int]) -> Sequence[int]:
     """A single seed twice: matrix products of one row take another path, and may round another way."""
     return [*batch, *batch] if len(batch) == 1 else batch
-
-
-def _last(states: Iterator[Tensor]) -> Tensor:
-    *_, state = states
-    return state

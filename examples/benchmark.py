@@ -7,7 +7,8 @@
 
 Each cell is one JSON file in docs/results/<teacher>/, written once. A student is trained in one run: its state after 5
 minutes is kept going to 20 and to 60, so the learning rate knows no end; what counts is training time alone, without
-previews and scores. Run it on an idle machine. The curves need matplotlib (`benchmark_page.py`).
+previews and scores. Later seeds make as many updates as the first one did in that time. Run the first one on an idle
+machine. The curves need matplotlib (`benchmark_page.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,15 +36,16 @@ from bootcli.evaluate import features_of, frechet, gaussian_fit
 from bootcli.images import to_uint8
 from bootcli.manifold import MOST_ROWS, manifold_of, precision_recall, some_rows
 from bootcli.maths.schedule import DiscreteVP
+from bootcli.pipelines.bench import accuracy
 from bootcli.pipelines.distill import distill
 from bootcli.pipelines.evaluate import evaluate
 from bootcli.pipelines.events import Finished
 from bootcli.pipelines.settings import resolve_config
-from bootcli.pipelines.setup import condition_of, teacher_view
+from bootcli.pipelines.setup import condition_of, labels_of, teacher_view
 from bootcli.reference import reference_for
-from bootcli.sampler import prior_noise, teacher_images
+from bootcli.sampler import prior_noise, reference_calls, teacher_images
 from bootcli.store.checkpoint import checkpoints
-from bootcli.store.files import write_json
+from bootcli.store.files import read_json, write_json
 from bootcli.store.rundir import RunDir
 from bootcli.teachers.registry import load
 from bootcli.teachers.view import TeacherView
@@ -187,8 +190,8 @@ def device_name(device: torch.device) -> str:
 
 
 def teacher_cells(bench: Bench, steps: Sequence[int], only: str) -> None:
-    """The teacher under DDIM and DPM-Solver++ at each number of steps."""
-    names = [f"teacher-{solver}-{n}" for solver in ("ddim", "dpmsolver") for n in steps]
+    """The teacher under its reference sampler, and under DPM-Solver++ where that knows it, at each number of steps."""
+    names = [f"teacher-{solver}-{n}" for solver in ("ddim", "heun", "dpmsolver") for n in steps]
     if not any(only in name and not bench.path(name).exists() for name in names):
         return
     config = resolve_config({"teacher": bench.teacher, "device": bench.device}, {}, {})
@@ -202,15 +205,22 @@ def teacher_cells(bench: Bench, steps: Sequence[int], only: str) -> None:
     cond_of = condition_of(teacher, config)
     seeds = range(bench.num_images)
 
+    has_classes = reference.classes_of is not None and teacher.spec.conditioning == "class"
+
     def score(batches: Iterator[Tensor], nfe: int) -> dict[str, object]:
         features = features_of(batches, reference.network, engine.device)
         quality = precision_recall(real, manifold_of(some_rows(features, rows)))
         fid = frechet(gaussian_fit(features), reference.statistics)
-        return {"nfe": nfe, "fid": fid, "precision": quality.precision, "recall": quality.recall}
+        row = {"nfe": nfe, "fid": fid, "precision": quality.precision, "recall": quality.recall}
+        if has_classes:
+            row["accuracy"] = accuracy(features, reference, labels_of(teacher, config)(seeds), engine.device)
+        return row
 
     for n in steps:
-        if only in (name := f"teacher-ddim-{n}"):
-            bench.cell(name, {}, lambda n=n: score(teacher_images(view, n, cond_of, seeds, 250, engine), n))  # type: ignore[misc]
+        if only in (name := f"teacher-{teacher.spec.sampler}-{n}"):
+            calls = reference_calls(view, n)
+            images = partial(teacher_images, view, n, cond_of, seeds, 250, engine)
+            bench.cell(name, {"steps": n}, lambda images=images, calls=calls: score(images(), calls))  # type: ignore[misc]
         if only in (name := f"teacher-dpmsolver-{n}") and isinstance(view.schedule, DiscreteVP):
             bench.cell(name, {}, lambda n=n: score(dpm_solver_images(view, n, cond_of, seeds, 250, engine), n))  # type: ignore[misc]
 
@@ -245,7 +255,10 @@ def student_cells(bench: Bench, name: str, seed: int, minutes: Sequence[float], 
         cell = f"{name}-seed{seed}-{limit:g}min"
         if only in cell:
             facts = {"objective": name, "seed": seed, "minutes": limit}
-            bench.cell(cell, facts, lambda limit=limit: trained(bench, run, OBJECTIVES[name], seed, limit))  # type: ignore[misc]
+            first = bench.path(f"{name}-seed0-{limit:g}min")
+            of_first = seed > 0 and first.exists()
+            budget = {"steps": read_json(first)["updates"]} if of_first else {"max_minutes": float(limit)}
+            bench.cell(cell, facts, lambda budget=budget: trained(bench, run, OBJECTIVES[name] | budget, seed))  # type: ignore[misc]
 
 
 def lever_cells(bench: Bench, minutes: float, only: str) -> None:
@@ -255,30 +268,32 @@ def lever_cells(bench: Bench, minutes: float, only: str) -> None:
         cell = f"lever-{base}-{text.replace(', ', '-').replace('=', '-') or 'plain'}"
         if only in cell:
             facts = {"base": base, "lever": text, "seed": 0, "minutes": minutes}
-            both = {"correction.start": 0} | OBJECTIVES[base] | settings
+            both = {"correction.start": 0, "max_minutes": minutes} | OBJECTIVES[base] | settings
             run = bench.runs / cell
-            bench.cell(cell, facts, lambda run=run, both=both: trained(bench, run, both, 0, minutes))  # type: ignore[misc]
+            bench.cell(cell, facts, lambda run=run, both=both: trained(bench, run, both, 0))  # type: ignore[misc]
 
 
-def trained(bench: Bench, run: Path, settings: dict[str, object], seed: int, minutes: float) -> dict[str, object]:
-    """Train to ``minutes`` and score."""
+def trained(bench: Bench, run: Path, settings: dict[str, object], seed: int) -> dict[str, object]:
+    """Train as far as the settings say, and score."""
     shared = {"teacher": bench.teacher, "seed": seed, "device": bench.device, **ENDLESS}
-    config = resolve_config({**shared, **settings, "max_minutes": float(minutes)}, {}, {})
+    config = resolve_config({**shared, **settings}, {}, {})
     resume = bool(checkpoints(RunDir(run).checkpoints))
     if resume:
         refuse_other(run, config)
     *_, finished = distill(config, run, resume=resume, overwrite=not resume)
     assert isinstance(finished, Finished)
     nfes = NFES if config.refiner.share else NFES[:1]
+    classes = load(bench.teacher).teacher.spec.conditioning == "class"
+    metrics = ("fid", "pr", "accuracy") if classes else ("fid", "pr")
     result: dict[str, Any] = evaluate(
-        run, metrics=("fid", "pr"), num_images=bench.num_images, nfe=nfes, batch_size=250, device=bench.device
+        run, metrics=metrics, num_images=bench.num_images, nfe=nfes, batch_size=250, device=bench.device
     )
     paired: dict[str, Any] = evaluate(
         run, metrics=("paired",), num_images=min(bench.num_images, PAIRED), batch_size=250, device=bench.device
     )
     result["student"] |= paired["student"]
     lines = [json.loads(line) for line in RunDir(run).log_file.read_text().splitlines()[-NEWEST:]]
-    keep = ("nfe", "fid", "precision", "recall", "paired_mse")
+    keep = ("nfe", "fid", "precision", "recall", "accuracy", "paired_mse")
     return {
         "updates": finished.steps,
         "kept": result["training_steps"],
@@ -298,8 +313,8 @@ def refuse_other(run: Path, config: DistillConfig) -> None:
     stored = RunDir(run).config()
     resolved = (None, "auto")
     changed = [key for key, (_, new) in differences(stored, config).items() if new not in resolved]
-    longer = (stored.max_minutes or 0) <= (config.max_minutes or 0)
-    if set(changed) - {"max_minutes"} or not longer:
+    longer = (stored.max_minutes or 0) <= (config.max_minutes or 0) and stored.steps <= config.steps
+    if set(changed) - {"max_minutes", "steps"} or not longer:
         raise SystemExit(
             f"{run} was trained with other settings ({', '.join(changed)}): delete it, or take other --runs."
         )

@@ -51,29 +51,32 @@ def rows_of(cells: Sequence[dict[str, Any]], order: Sequence[str]) -> list[Row]:
 def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) -> str:
     """The section of one teacher, in Markdown."""
     facts = next((cell for cell in cells if "objective" in cell), cells[0])
+    right = " right class |" if any("accuracy" in row for cell in cells for row in cell.get("student", [cell])) else ""
     lines = [
         f"## `{teacher}`", "",
         f"{facts['num_images']:,} images for each number; {facts['device']}; "
         f"training in {facts.get('mixed_precision', 'float32')}; torch {facts['torch']}.", "",
         f"![FID against network calls]({teacher}/nfe.png) ![FID against training time]({teacher}/time.png)", "",
-        "| student | training | updates | network calls | FID | precision | recall | paired error | seeds |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        f"| student | training | updates | network calls | FID | precision | recall |{right} paired error | seeds |",
+        f"|---|--:|--:|--:|--:|--:|--:|{'--:|' if right else ''}--:|--:|",
     ]  # fmt: skip
     for row in rows_of(cells, order):
         updates = round(fmean(cell["updates"] for cell in row.cells))
-        numbers = (row.text("fid", 2), row.text("precision", 3), row.text("recall", 3), row.text("paired_mse", 4))
+        digits = {"fid": 2, "precision": 3, "recall": 3} | ({"accuracy": 3} if right else {}) | {"paired_mse": 4}
+        numbers = [row.text(key, count) for key, count in digits.items()]
         lines.append(
             f"| {row.objective} | {row.minutes:g} min | {updates:,} | {row.nfe} | {' | '.join(numbers)} | "
             f"{len(row.values('fid'))} |"
         )
-    lines += ["", "| teacher | network calls | FID | precision | recall |", "|---|--:|--:|--:|--:|"]
-    solvers = {"ddim": "DDIM", "dpmsolver": "DPM-Solver++ 2M"}
+    lines += ["", f"| teacher | network calls | FID | precision | recall |{right}"]
+    lines += [f"|---|--:|--:|--:|--:|{'--:|' if right else ''}"]
+    solvers = {"ddim": "DDIM", "heun": "EDM's Heun", "dpmsolver": "DPM-Solver++ 2M"}
     teachers = [cell for cell in cells if cell["cell"].startswith("teacher-")]
     for cell in sorted(teachers, key=lambda cell: (cell["cell"].split("-")[1], cell["nfe"])):
         solver = solvers[cell["cell"].split("-")[1]]
-        lines.append(
-            f"| {solver} | {cell['nfe']} | {cell['fid']:.2f} | {cell['precision']:.3f} | {cell['recall']:.3f} |"
-        )
+        accuracy = f" {cell['accuracy']:.3f} |" if right else ""
+        quality = f"{cell['precision']:.3f} | {cell['recall']:.3f} |{accuracy}"
+        lines.append(f"| {solver} | {cell['nfe']} | {cell['fid']:.2f} | {quality}")
     return "\n".join([*lines, *lever_table(cells), ""])
 
 
@@ -110,7 +113,12 @@ def save_curves(cells: Sequence[dict[str, Any]], order: Sequence[str], folder: P
 
     rows = rows_of(cells, order)
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
-    for key, label, style in (("ddim", "teacher, DDIM", "k-o"), ("dpmsolver", "teacher, DPM-Solver++", "k:s")):
+    of_teachers = (
+        ("ddim", "teacher, DDIM", "k-o"),
+        ("heun", "teacher, Heun", "k-o"),
+        ("dpmsolver", "teacher, DPM-Solver++", "k:s"),
+    )
+    for key, label, style in of_teachers:
         line = sorted((c["nfe"], c["fid"]) for c in cells if c["cell"].startswith(f"teacher-{key}-"))
         if line:
             axes.plot(*zip(*line, strict=True), style, label=label, markersize=4)
@@ -128,9 +136,9 @@ def save_curves(cells: Sequence[dict[str, Any]], order: Sequence[str], folder: P
         if line:
             axes.plot(*zip(*line, strict=True), "-o", label=name)
     for cell in cells:
-        if cell["cell"] in ("teacher-ddim-10", "teacher-ddim-50"):
+        if cell["cell"] in ("teacher-ddim-10", "teacher-ddim-50", "teacher-heun-4", "teacher-heun-25"):
             axes.axhline(cell["fid"], color="black", linestyle=":", linewidth=1)
-            axes.annotate(f"teacher, {cell['nfe']} steps", (1, cell["fid"]), xycoords=("axes fraction", "data"),
+            axes.annotate(f"teacher, {cell['nfe']} calls", (1, cell["fid"]), xycoords=("axes fraction", "data"),
                           ha="right", va="bottom", fontsize=8)  # fmt: skip
     finish(axes, "minutes of training", {r.minutes for r in rows}, folder / "time.png", figure)
 
@@ -157,7 +165,7 @@ def write_page(folder: Path, order: Sequence[str]) -> None:
         "FID is in the teacher's own feature space and cannot be compared with Inception FID. Precision and recall are",
         "those of Kynkäänniemi et al. 2019 (k = 3). The paired error is the mean square of the student's sample minus",
         "the end of the teacher's own path from the same noise. Minutes are of training alone, on the machine named;",
-        "± is the standard deviation over seeds.", "",
+        "± is the standard deviation over seeds; later ones make as many updates as the first did in that time.", "",
     ]  # fmt: skip
     for teacher in sorted(path for path in folder.iterdir() if path.is_dir()):
         cells = read_cells(teacher)

@@ -1,6 +1,6 @@
 """Train the feature network of the `fashion` teacher and store its reference statistics.
 
-    PYTHONPATH=plugins python examples/train_fashion_features.py --output plugins/bootcli_ddpm/fashion/features
+    python examples/train_fashion_features.py --output bootcli/teachers/features/fashion-cnn-64
 
 The training images' statistics become the Frechet reference; the 10,000 test images, which neither the teacher nor this
 network trained on, give the floor: the distance that a perfect model would still show.
@@ -10,7 +10,7 @@ random, for three reasons: the teacher learned their distribution; it is the set
 numbers speak of one thing; and the test images stay free to show what real images score that no network has seen. The
 feature network trained on them too, but that does not show: test images score what other training images score.
 
-    PYTHONPATH=plugins python examples/train_fashion_features.py --output FOLDER --manifold-only
+    python examples/train_fashion_features.py --output FOLDER --manifold-only
 
 writes these features alone, for the network that is in the folder.
 """
@@ -24,7 +24,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bootcli_ddpm.features import (
+from fashion_data import DEFAULT_DATA, load_fashion
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bootcli.manifold import MOST_ROWS, manifold_of, precision_recall, some_rows
+from bootcli.teachers.feature_folder import (
     CONFIG,
     MANIFOLD,
     REFERENCE,
@@ -34,11 +39,6 @@ from bootcli_ddpm.features import (
     save_manifold,
     sha256,
 )
-from fashion_data import DEFAULT_DATA, load_fashion
-from safetensors.torch import save_file
-from torch import Tensor
-
-from bootcli.manifold import MOST_ROWS, manifold_of, precision_recall, some_rows
 
 ARCHITECTURE: dict[str, object] = {"channels": [32, 64, 64], "features": 64, "classes": 10, "size": 16}
 

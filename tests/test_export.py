@@ -68,7 +68,8 @@ def test_a_writer_that_changes_the_student_is_caught(
 def test_the_bare_network(tiny_run: Path, tmp_path: Path) -> None:
     exported = export(tiny_run, format="safetensors", output=tmp_path / "out")
     assert exported.max_abs_difference == 0
-    assert [path.name for path in exported.files] == ["bootcli.json", "network.safetensors"]
+    assert [path.name for path in exported.files] == ["README.md", "bootcli.json", "network.safetensors"]
+    assert "one-step" in (tmp_path / "out" / "README.md").read_text()
     tensors = load_file(tmp_path / "out" / "network.safetensors")
     expected = load_student(tiny_run).student.net.state_dict()
     assert tensors.keys() == expected.keys()

@@ -28,7 +28,7 @@ TEACHER, TRAINING, RUN, SETTINGS = "Teacher", "Training", "Run", "Settings"
 TeacherOption = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME|FOLDER|HUB_ID",
+        metavar="NAME|PATH|HUB_ID",
         help="What to distil; see: bootcli teachers",
         show_default="fashion",
         rich_help_panel=TEACHER,

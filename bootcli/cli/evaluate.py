@@ -17,8 +17,9 @@ EXAMPLES = examples("bootcli evaluate", "bootcli evaluate runs/mine --metric fid
 MetricOption = Annotated[
     list[str] | None,  # Typer takes no list of literals
     typer.Option(
-        metavar="fid|pr|paired",
-        help="Frechet distance, precision and recall, or error to the teacher's own pictures; may be repeated.",
+        metavar="fid|pr|accuracy|paired",
+        help="Frechet distance, precision and recall, share of the class asked for, or error to the teacher's own "
+        "pictures; may be repeated.",
         show_default="fid",
     ),
 ]
@@ -47,6 +48,7 @@ MaxOption = Annotated[float | None, typer.Option(metavar="X", help="Fail (exit 1
 COLUMNS = {
     "fid": [("fid", "FID in {space}", 2)],
     "pr": [("precision", "precision", 3), ("recall", "recall", 3)],
+    "accuracy": [("accuracy", "of the class asked for", 3)],
     "paired": [("paired_mse", "squared error to the teacher", 4)],
 }
 """For each metric the numbers of a row: key, title, decimals."""

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bootcli.cli.common import print_json
 from bootcli.cli.options import JsonOption, examples
+from bootcli.errors import UsageError
 
 if TYPE_CHECKING:
     from bootcli.teachers.registry import Installed, Loaded
 
-EXAMPLES = examples("bootcli teachers", "bootcli teachers fashion --json")
+EXAMPLES = examples("bootcli teachers", "bootcli teachers edm.pkl --convert edm.safetensors")
 
 TeacherArgument = Annotated[
     str | None,
-    typer.Argument(metavar="NAME|FOLDER|HUB_ID", help="A teacher to load and describe.", show_default="list them all"),
+    typer.Argument(metavar="NAME|PATH|HUB_ID", help="A teacher to load and describe.", show_default="list them all"),
 ]
 
 
-def teachers(teacher: TeacherArgument = None, as_json: JsonOption = False) -> None:
+ConvertOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write it as a new file in its family's own form, which cannot run code."),
+]
+
+
+def teachers(teacher: TeacherArgument = None, convert: ConvertOption = None, as_json: JsonOption = False) -> None:
     """List the installed teachers, or show what is found in one.
 
     A plugin is a package with an entry point in the group bootcli.teachers.
@@ -29,8 +37,12 @@ def teachers(teacher: TeacherArgument = None, as_json: JsonOption = False) -> No
     with commas between. Unset means all, empty means none.
     """
     if teacher is not None:
-        _show(teacher, as_json)
+        _show(teacher, convert, as_json)
         return
+    if convert is not None:
+        raise UsageError(
+            "--convert: name the teacher to convert.", "For example: bootcli teachers edm.pkl --convert edm.safetensors"
+        )
     from bootcli.teachers.registry import installed
 
     found = installed()
@@ -64,12 +76,19 @@ def _print_list(found: Sequence[Installed]) -> None:
         ui.print_facts({"family": one.name, "from": one.distribution, **good, **bad})
 
 
-def _show(name: str, as_json: bool) -> None:
+def _show(name: str, convert: Path | None, as_json: bool) -> None:
     from bootcli import ui
+    from bootcli.store.files import atomic_file
     from bootcli.teachers.registry import load
 
+    if convert is not None:
+        _check_new(convert)
     loaded = load(name)
     facts = describe(loaded)
+    if convert is not None:
+        with atomic_file(convert) as temporary:
+            loaded.teacher.save(temporary)
+        facts["converted_to"] = str(convert)
     if as_json:
         print_json(facts)
     else:
@@ -77,6 +96,13 @@ def _show(name: str, as_json: bool) -> None:
         told = {label: value for label, value in facts.items() if value or label == "terminal_snr"}  # which may be 0
         known = {label.replace("_", " "): value for label, value in told.items() if label != "details"}
         ui.print_facts({**known, **loaded.teacher.describe(), "recipe": recipe or "bootcli's defaults"})
+
+
+def _check_new(file: Path) -> None:
+    if file.exists():
+        raise UsageError(f"--convert {file}: it exists already.", "Name a new file.")
+    if file.suffix != ".safetensors":
+        raise UsageError(f"--convert {file}: what is written is a .safetensors file.", "Change the file's ending.")
 
 
 def describe(loaded: Loaded) -> dict[str, object]:

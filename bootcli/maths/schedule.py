@@ -137,12 +137,19 @@ class DiscreteVP(Schedule):
 class VarianceExploding(Schedule):
     """EDM's noise levels: alpha = 1, sigma from sigma_max to sigma_min along rho-spaced powers, then 0 at t = 0.
 
-    Karras et al. 2022 (arXiv 2206.00364), equation 5, with continuous t in place of the index.
+    Karras et al. 2022 (arXiv 2206.00364), equation 5, with continuous t in place of the index. The grid of the
+    reference sampler is always that; times between may be spaced otherwise.
+
+    Args:
+        sigma_min, sigma_max: the levels at the ends.
+        rho: of equation 5.
+        log: t is uniform in log sigma instead.
     """
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+    log: bool = False
 
     @property
     def prior_scale(self) -> float:
@@ -152,14 +159,21 @@ class VarianceExploding(Schedule):
     def __call__(self, t: Tensor) -> Coefficients:
         """Coefficients at times ``t``; see `Schedule`."""
         t = t.double().cpu()
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        sigma = torch.where(t > 0, (low + t * (high - low)) ** self.rho, torch.zeros_like(t))
+        sigma = self.sigma_min * (self.sigma_max / self.sigma_min) ** t if self.log else self._power(t)
+        sigma = torch.where(t > 0, sigma, torch.zeros_like(t))
         return Coefficients(torch.ones_like(sigma), sigma)
 
+    def _power(self, t: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        sigma: Tensor = (low + t * (high - low)) ** self.rho
+        return sigma
+
     def grid(self, steps: int) -> Tensor:
-        """sigma_max to sigma_min in ``steps`` levels, then clean data: t = 1, ..., 1e-12, 0."""
-        levels = torch.linspace(1, 0, steps, dtype=torch.float64).clamp(min=1e-12)
-        return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+        """sigma_max to sigma_min in ``steps`` levels, then clean data: t = 1, ..., 1e-12, 0 where rho spaces t."""
+        levels = torch.linspace(1, 0, steps, dtype=torch.float64)
+        if self.log:
+            levels = (self._power(levels) / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
+        return torch.cat([levels.clamp(1e-12, 1), torch.zeros(1, dtype=torch.float64)])
 
 
 def vp_table(betas: Tensor) -> DiscreteVP:

@@ -14,7 +14,7 @@ from bootcli.engine import Engine
 from bootcli.evaluate import features_of, frechet, gaussian_fit
 from bootcli.manifold import NEIGHBOURS, Manifold, manifold_of, precision_recall, some_rows
 from bootcli.reference import Reference
-from bootcli.sampler import CondOf, paired_errors, student_images, teacher_images
+from bootcli.sampler import CondOf, paired_errors, reference_calls, student_images, teacher_images
 from bootcli.student import Student
 from bootcli.teachers.view import TeacherView
 
@@ -40,6 +40,7 @@ class Bench:
         reference: what images are compared with; None where nothing is.
         fid: whether to take the Frechet distance to it.
         manifold: of as many features of the reference as are compared; None without precision and recall.
+        labels_of: the classes that images were asked for, by seeds, (b,); None without accuracy.
         t_max: where the teacher's paths start that the student is paired with; None where it is not.
         progress: called after each batch.
     """
@@ -53,6 +54,7 @@ class Bench:
     reference: Reference | None
     fid: bool
     manifold: Manifold | None
+    labels_of: Callable[[Sequence[int]], Tensor] | None
     t_max: float | None
     progress: Progress | None
 
@@ -72,10 +74,9 @@ class Bench:
 
     def of_teacher(self, steps: int) -> dict[str, object]:
         """The teacher's numbers at so many steps."""
-        calls = 1 if self.view.guidance_scale == 1.0 else 2
         images = partial(teacher_images, self.view, steps)
         numbers = [self._scores(self.reference, f"teacher, {steps} steps", images, seeds) for seeds in self.repeats]
-        return {"steps": steps, "nfe": steps * calls, **_summary(numbers)}
+        return {"steps": steps, "nfe": reference_calls(self.view, steps), **_summary(numbers)}
 
     def facts(self) -> dict[str, object]:
         """How precision, recall and the paired error were taken; None for what was not."""
@@ -94,6 +95,8 @@ class Bench:
             drawn = manifold_of(some_rows(features, len(self.manifold.centres)))
             quality = precision_recall(self.manifold, drawn)
             scores |= {"precision": quality.precision, "recall": quality.recall}
+        if self.labels_of is not None:
+            scores["accuracy"] = accuracy(features, reference, self.labels_of(seeds), self.engine.device)
         return scores
 
     def _paired_mse(self, t_max: float, seeds: range) -> float:
@@ -109,6 +112,13 @@ class Bench:
             done += len(batch)  # after its features are taken
             if self.progress is not None:
                 self.progress(label, done, sum(map(len, self.repeats)))
+
+
+def accuracy(features: Tensor, reference: Reference, labels: Tensor, device: torch.device) -> float:
+    """The share of images, by their features (n, d), that the reference's classifier takes for their labels (n,)."""
+    assert reference.classes_of is not None  # of a reference that tells classes
+    logits = reference.classes_of(features.float().to(device))
+    return float((logits.argmax(1).cpu() == labels).double().mean())
 
 
 def _summary(repeats: Sequence[Mapping[str, float]]) -> dict[str, object]:

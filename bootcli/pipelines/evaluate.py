@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from bootcli.config import Device, DistillConfig
 from bootcli.engine import Engine
@@ -12,17 +15,19 @@ from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import INCEPTION
 from bootcli.manifold import MOST_ROWS, NEIGHBOURS, Manifold, manifold_of, some_rows
 from bootcli.pipelines.bench import PAIRED_STEPS, Bench, Progress
-from bootcli.pipelines.setup import condition_of, refinement_starts, start_time, teacher_view
+from bootcli.pipelines.setup import condition_of, labels_of, refinement_starts, start_time, teacher_view
 from bootcli.reference import Reference, reference_for, write_reference
 from bootcli.sampler import reference_times
 from bootcli.store.artifact import load_student
 from bootcli.store.files import write_json
 from bootcli.store.rundir import RunDir
+from bootcli.teachers.protocol import Teacher
 from bootcli.teachers.registry import load
 from bootcli.teachers.view import TeacherView
 
-METRICS = ("fid", "pr", "paired")
-"""Frechet distance and precision and recall, both to a reference; squared error to the teacher from the same noise."""
+METRICS = ("fid", "pr", "accuracy", "paired")
+"""Frechet distance and precision and recall, both to a reference; share of images of the class that was asked for;
+squared error to the teacher from the same noise."""
 
 
 def evaluate(
@@ -92,6 +97,7 @@ def evaluate(
         reference=against,
         fid="fid" in wanted,
         manifold=_manifold(against, num_images) if against is not None and "pr" in wanted else None,
+        labels_of=_labels(teacher, config, against) if against is not None and "accuracy" in wanted else None,
         t_max=t_max,
         progress=progress,
     )
@@ -152,6 +158,27 @@ def _manifold(reference: Reference, num_images: int) -> Manifold:
     return manifold_of(some_rows(features, min(num_images, MOST_ROWS)))
 
 
+def _labels(teacher: Teacher, config: DistillConfig, reference: Reference) -> Callable[[Sequence[int]], Tensor]:
+    """The class of each seed's image. Raises `UsageError` where there are none, or nothing tells them."""
+    if teacher.spec.conditioning != "class":
+        raise UsageError(f"--metric accuracy: the teacher {config.teacher} has no classes.", "Leave this metric out.")
+    if reference.classes_of is None:
+        raise UsageError(
+            f"--metric accuracy: {reference.feature_space} features do not tell the teacher's classes.",
+            "It takes the feature network of a teacher that brings a classifier.",
+        )
+    with torch.no_grad():
+        device = next(teacher.net.parameters()).device
+        told = reference.classes_of(torch.zeros(1, len(reference.statistics.mean), device=device)).shape[1]
+    if told != teacher.spec.num_classes:
+        raise UsageError(
+            f"--metric accuracy: {reference.feature_space} tells {told} classes, the teacher has "
+            f"{teacher.spec.num_classes}.",
+            "Leave this metric out.",
+        )
+    return labels_of(teacher, config)
+
+
 def _path_start(view: TeacherView, config: DistillConfig) -> float:
     try:
         reference_times(view, PAIRED_STEPS)
@@ -172,12 +199,11 @@ def _facts(reference: Reference, num_images: int) -> dict[str, object]:
 
 
 def _sampler(view: TeacherView) -> dict[str, object]:
-    """The reference sampler, the same for every teacher (`bootcli.sampler.teacher_images`)."""
+    """The reference sampler (`bootcli.sampler.teacher_images`)."""
+    spacing = {"eta": 0.0, "timestep_spacing": "trailing", "use_clipped_model_output": True}
     return {
-        "method": "ddim",
-        "eta": 0.0,
-        "timestep_spacing": "trailing",
-        "use_clipped_model_output": True,
+        "method": view.teacher.spec.sampler,
+        **(spacing if view.teacher.spec.sampler == "ddim" else {"churn": 0.0}),
         "threshold": repr(view.teacher.spec.threshold),
         "guidance_scale": view.guidance_scale,
         "precision": "float32",

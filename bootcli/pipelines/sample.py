@@ -18,7 +18,7 @@ from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.images import enlarge, grid, save_png
 from bootcli.pipelines.setup import condition_of, refinement_starts, teacher_view
-from bootcli.sampler import student_images, teacher_images
+from bootcli.sampler import reference_calls, student_images, teacher_images
 from bootcli.store.artifact import Artifact, load_student
 from bootcli.store.files import check_free
 from bootcli.store.rundir import RunDir
@@ -134,9 +134,8 @@ def _draw(
     cond_of = condition_of(teacher, config, class_label, prompt)
     view = teacher_view(teacher, config, engine)
     batches = teacher_images(view, teacher_steps, cond_of, seeds, batch_size, engine)
-    calls = 1 if view.guidance_scale == 1.0 else 2
     source = f"teacher, {teacher_steps} step{'s' if teacher_steps > 1 else ''}"
-    return _Drawing(batches, teacher_steps * calls, source)
+    return _Drawing(batches, reference_calls(view, teacher_steps), source)
 
 
 def _write(drawing: _Drawing, folder: Path, seeds: range, progress: Callable[[int, int], None] | None) -> Sampled:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
 import torch
+from torch import Tensor
 
 from bootcli.batch import Work
 from bootcli.config import DistillConfig
@@ -46,6 +48,7 @@ class Distillation(Work):
 def teacher_view(teacher: Teacher, config: DistillConfig, engine: Engine) -> TeacherView:
     """The frozen teacher on its device, guided as the configuration says. Raises `UsageError`."""
     teacher.net.requires_grad_(False).eval().to(engine.device)
+    teacher.use_clock(config.clock)
     if config.negative_prompt is not None and teacher.spec.conditioning != "text":
         raise UsageError(f"--negative-prompt: the teacher {config.teacher} takes no prompts.")
     if config.guidance_scale == 1.0:
@@ -89,6 +92,12 @@ def condition_of(
             raise UsageError(f"--prompt: the teacher {config.teacher} takes no prompts.", "Leave it out.")
         pool = teacher.condition([prompt])
     return lambda seeds: pool.rows(torch.tensor(list(seeds)) % len(pool))
+
+
+def labels_of(teacher: Teacher, config: DistillConfig) -> Callable[[Sequence[int]], Tensor]:
+    """The class labels of images by their seeds, (b,), as `condition_of` conditions them."""
+    pool = torch.tensor(list(config.classes or range(teacher.spec.num_classes)))
+    return lambda seeds: pool[torch.tensor(list(seeds)) % len(pool)]
 
 
 def read_prompts(path: str | None) -> list[str]:

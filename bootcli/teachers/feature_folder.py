@@ -1,9 +1,10 @@
-"""The feature network of the embedded `fashion` teacher, for a Frechet distance that needs no download.
+"""A feature space in a folder, for a Frechet distance that needs no download.
 
 A folder holds `config.json` (architecture, name, test accuracy, floor), `model.safetensors` (weights),
 `reference.safetensors` (feature mean and covariance of the training images) and perhaps `manifold.safetensors` (the
-features of some of them, one by one, for precision and recall). The network is a small classifier of Fashion-MNIST at
-16x16; its distances are on its own scale and are not comparable to Inception's FID.
+features of some of them, one by one, for precision and recall). Or its `config.json` says ``{"same_as": NAME}``: one of
+those that come with bootcli. `fashion-cnn-64` is a small classifier of Fashion-MNIST at 16x16; its distances are on its
+own scale and are not comparable to Inception's FID.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bootcli.errors import BootError
+from bootcli.teachers.protocol import FeatureSpace
+
+SHIPPED = Path(__file__).with_name("features")
+"""The feature spaces that come with bootcli, each in a folder of its name."""
 CONFIG, WEIGHTS, REFERENCE = "config.json", "model.safetensors", "reference.safetensors"
 MANIFOLD = "manifold.safetensors"
 
@@ -58,7 +64,11 @@ class FeatureNetwork(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         """Class logits (b, classes) of float images (b, 1, size, size) with levels in [0, 255]."""
-        logits: Tensor = self.classify(self.dropout(F.relu(self(images))))
+        return self.classes_of(self(images))
+
+    def classes_of(self, features: Tensor) -> Tensor:
+        """Class logits (b, classes) of features (b, features)."""
+        logits: Tensor = self.classify(self.dropout(F.relu(features)))
         return logits
 
 
@@ -105,3 +115,31 @@ def load_manifold(folder: Path) -> Tensor | None:
             raise ValueError(f"{folder / MANIFOLD} holds features of another network than {WEIGHTS}")
         features: Tensor = file.get_tensor("features")
     return features
+
+
+def load_feature_space(folder: Path) -> FeatureSpace:
+    """The feature network of ``folder`` with its reference statistics. Raises `BootError` for a damaged folder."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if "same_as" in config:
+            folder = SHIPPED / Path(config["same_as"]).name
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        network = load_feature_network(folder)
+        mean, cov = load_reference(folder)
+        count = int(config["reference_images"])
+        return FeatureSpace(
+            name=str(config["name"]),
+            network=network,
+            mean=mean,
+            cov=cov,
+            num_images=count,
+            source=str(config.get("source", f"{count:,} training images of the teacher")),
+            floor={int(images): float(distance) for images, distance in config.get("floor", {}).items()},
+            features=load_manifold(folder),
+            classes_of=network.classes_of,
+        )
+    except (OSError, SafetensorError, RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BootError(
+            f"The feature network in {folder} is damaged ({type(error).__name__}: {error}).",
+            "Install bootcli again, or download the teacher again.",
+        ) from None

@@ -18,6 +18,8 @@ from bootcli.maths.threshold import NoThreshold, Threshold
 
 Conditioning = Literal["none", "class", "text"]
 Head = Literal["native", "x0"]
+Sampler = Literal["ddim", "heun"]
+Clock = Literal["native", "log"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class TeacherSpec:
         conditioning: what `Teacher.condition` accepts.
         num_classes: for ``conditioning="class"``: labels 0 to num_classes - 1.
         threshold: how the teacher keeps x_0 in range; latents have none.
+        sampler: what its many-step samples are drawn with, along ``schedule.grid``: DDIM, or EDM's Heun.
     """
 
     sample_shape: tuple[int, int, int]
@@ -62,6 +65,7 @@ class TeacherSpec:
     conditioning: Conditioning = "none"
     num_classes: int = 0
     threshold: Threshold = NoThreshold()
+    sampler: Sampler = "ddim"
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class FeatureSpace:
         floor: the distance of real held-out images to the reference, by their number; empty where unknown.
         features: (n, d) of n reference images, drawn at random if not all; None where only mean and cov are known.
             Precision and recall need them, and take at most 10,000.
+        classes_of: (b, d) features -> (b, num_classes) logits, where the network is a classifier of the teacher's
+            classes; None: it is none, and the accuracy of samples is not known.
     """
 
     name: str
@@ -88,6 +94,7 @@ class FeatureSpace:
     source: str
     floor: Mapping[int, float] = field(default_factory=dict)
     features: Tensor | None = None
+    classes_of: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +171,12 @@ class Teacher(ABC):
         alpha = float(self.spec.schedule(torch.ones(1, dtype=torch.float64)).alpha)
         return "x0" if self.spec.prediction == "eps" and alpha < 0.05 else "native"
 
+    def use_clock(self, clock: Clock) -> None:
+        """Space times as the family does ("native") or uniformly in log sigma ("log"): ``spec.schedule`` and what
+        `predict` makes of t change together. Raises `UsageError` where the family has no such spacing."""
+        if clock != "native":
+            raise UsageError(f"This teacher's times have one spacing: clock = {clock!r} is for teachers of EDM's kind.")
+
     def recipe(self) -> dict[str, object]:
         """Settings that suit this teacher, as a short diff on bootcli's defaults: ``{"boot.delta": 0.05}``."""
         return {}
@@ -189,6 +202,11 @@ class Teacher(ABC):
     def feature_space(self) -> FeatureSpace | None:
         """A feature network of the teacher's own domain, or None: then FID means Inception."""
         return None
+
+    def save(self, path: Path) -> None:
+        """Write network and weights into one .safetensors file that ``TeacherFamily.load`` reads; or say that the
+        family has no such form."""
+        raise BootError("The family of this teacher has no form of its own to convert to.")
 
     def describe(self) -> dict[str, str]:
         """Facts for `bootcli teachers NAME`: architecture, licence if the model card names it, anything of note."""

@@ -24,6 +24,7 @@ from bootcli.plugin import (
     Teacher,
     TeacherSpec,
     UsageError,
+    load_feature_space,
 )
 from bootcli_ddpm.layout import read_json, read_layout
 from bootcli_ddpm.network import make_network, make_spec, try_out
@@ -135,8 +136,6 @@ class DDPMTeacher(Teacher):
         """The classifier in the teacher's ``features`` folder, if it has one; see `Teacher.feature_space`."""
         if self._folder is None or not (self._folder / "features").is_dir():
             return None
-        from bootcli_ddpm.feature_space import load_feature_space
-
         return load_feature_space(self._folder / "features")
 
     def describe(self) -> dict[str, str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bootcli.plugin import BootError
+from bootcli.plugin import BootError, misfit, read_archive
 from bootcli_ddpm.layout import read_json
 
 _STEM = "diffusion_pytorch_model"
@@ -43,20 +42,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def fit_weights(net: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
     """Fill ``net``. Raises `BootError` unless names and shapes are exactly the network's."""
-    expected = net.state_dict()
-    wrong = {
-        "missing": sorted(expected.keys() - tensors.keys()),
-        "unknown": sorted(tensors.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in tensors and tensors[name].shape != tensor.shape
-        ],
-    }
-    found = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in wrong.items() if names]
-    if found:
+    if problem := misfit(net.state_dict(), tensors):
         raise BootError(
-            f"The weights in {folder} do not fit its config.json: tensors {'; '.join(found)}.",
+            f"The weights in {folder} do not fit its config.json: tensors {problem}.",
             "Weights and config.json come from different models, or one of them was edited.",
         )
     net.load_state_dict(tensors)
@@ -74,7 +62,7 @@ def _shards(index: Path) -> list[Path]:
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise BootError(f"{file} is missing.", "Its index names it: download the folder again.")
-    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_bin(file)
+    return _read_safetensors(file) if file.suffix == ".safetensors" else read_archive(file)
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -82,17 +70,3 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise BootError(f"{file} is not a readable safetensors file: {error}", _AGAIN) from None
-
-
-def _read_bin(file: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle may fail in any way; the restricted loader runs none of it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BootError(
-            f"{file} was refused: it is damaged, or holds more than tensors. Nothing in it was executed. ({reason})",
-            f"{_AGAIN} Where the source is trusted, save it as {_STEM}.safetensors.",
-        ) from None
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise BootError(f"{file} is not a table of tensors.", f"Save the network's state_dict as {_STEM}.safetensors.")
-    return content

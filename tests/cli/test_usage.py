@@ -49,7 +49,7 @@ WRONG = {
     "sample full --output full": "full is not empty",
     "sample -n 0": "--num-images",
     "evaluate --teacher-steps 4,0": "at least 1 step",
-    "evaluate --metric beauty": "There are: fid, pr, paired",
+    "evaluate --metric beauty": "There are: fid, pr, accuracy, paired",
     "evaluate --metric fid --metric": "--metric",
     "evaluate --metric pr --max-fid 3": "Add --metric fid",
     "export missing": "There is no run missing",

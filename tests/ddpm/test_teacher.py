@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from bootcli_ddpm import family
-from bootcli_ddpm.features import CONFIG, MANIFOLD, REFERENCE, WEIGHTS, FeatureNetwork, save_manifold, sha256
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import save_file
 
@@ -18,6 +17,15 @@ from bootcli.errors import BootError, UsageError
 from bootcli.judge import Features
 from bootcli.plugin import Cond, check_teacher
 from bootcli.student import Student
+from bootcli.teachers.feature_folder import (
+    CONFIG,
+    MANIFOLD,
+    REFERENCE,
+    WEIGHTS,
+    FeatureNetwork,
+    save_manifold,
+    sha256,
+)
 from bootcli.teachers.registry import load
 from bootcli.teachers.view import TeacherView
 

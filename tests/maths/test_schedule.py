@@ -16,6 +16,7 @@ SCHEDULES: dict[str, Schedule] = {
     "ddpm": DDPM,
     "zero-snr": ZERO_SNR,
     "ve": VarianceExploding(),
+    "ve in log sigma": VarianceExploding(log=True),
 }
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 

@@ -1,0 +1,74 @@
+"""The share of samples that are of the class that was asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bootcli.errors import UsageError
+from bootcli.pipelines import evaluate as pipeline
+from bootcli.plugin import FeatureSpace, Teacher
+from bootcli.teachers.registry import Loaded
+
+from .conftest import DIM
+
+
+class FirstPixel(nn.Module):
+    """A feature network of colour pictures."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)[:, :DIM]
+
+
+def classifier_of(label: int) -> FeatureSpace:
+    """A feature space whose classifier takes everything for one class."""
+    logits = torch.nn.functional.one_hot(torch.tensor(label), 4).float()
+    return FeatureSpace(
+        *("pixels", FirstPixel(), torch.zeros(DIM).double(), torch.eye(DIM).double(), 100, "made up"),
+        classes_of=lambda features: logits.expand(len(features), 4),
+    )
+
+
+@pytest.fixture
+def at_hand(class_teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> Teacher:
+    loaded = Loaded(class_teacher, None, "classes", "test")  # type: ignore[arg-type]  # the family is not asked for
+    monkeypatch.setattr(pipeline, "load", lambda name: loaded)
+    return class_teacher
+
+
+@pytest.mark.parametrize(("label", "share"), [(1, 5 / 9), (3, 4 / 9), (0, 0)])
+def test_each_image_has_the_class_of_its_seed(at_hand: Teacher, class_run: Path, label: int, share: float) -> None:
+    """The run has classes 1 and 3, which seeds take in turn."""
+    at_hand.feature_space = lambda: classifier_of(label)  # type: ignore[method-assign]
+    result = pipeline.evaluate(class_run, metrics=["accuracy"], num_images=9, teacher_steps=(2,), device="cpu")
+    student, teacher = result["student"], result["teacher"]
+    assert student["accuracy"] == teacher[0]["accuracy"] == pytest.approx(share)  # type: ignore[index]
+    assert "fid" not in student  # type: ignore[operator]
+
+
+def test_without_a_classifier_there_is_no_accuracy(at_hand: Teacher, class_run: Path) -> None:
+    bare = dataclasses.replace(classifier_of(0), classes_of=None)
+    at_hand.feature_space = lambda: bare  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match="pixels features do not tell the teacher's classes"):
+        pipeline.evaluate(class_run, metrics=["accuracy"], num_images=4, device="cpu")
+
+
+def test_a_classifier_of_other_classes_is_refused(at_hand: Teacher, class_run: Path) -> None:
+    other = dataclasses.replace(classifier_of(0), classes_of=lambda features: torch.zeros(len(features), 10))
+    at_hand.feature_space = lambda: other  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match="tells 10 classes, the teacher has 4"):
+        pipeline.evaluate(class_run, metrics=["accuracy"], num_images=4, device="cpu")
+
+
+def test_without_classes_there_is_no_accuracy(
+    tiny_run: Path, tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = Loaded(tiny_teacher, None, "tiny", "test")  # type: ignore[arg-type]
+    tiny_teacher.feature_space = lambda: classifier_of(0)  # type: ignore[method-assign]
+    monkeypatch.setattr(pipeline, "load", lambda name: loaded)
+    with pytest.raises(UsageError, match="has no classes"):
+        pipeline.evaluate(tiny_run, metrics=["accuracy"], num_images=4, device="cpu")

@@ -1,0 +1,55 @@
+"""`examples/benchmark.py`: cells are measured once, later seeds do as much as the first, stale runs are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import benchmark
+import pytest
+from benchmark import Bench, lever_cells, student_cells, teacher_cells
+from benchmark_page import page, read_cells
+
+SMALL = {"batch_size": 8, "log_every": 1, "kd.teacher_steps": 2, "watch.every": 0, "mixed_precision": "no"}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setattr(benchmark, "OBJECTIVES", {"default": SMALL, "few-step": SMALL | {"refiner.share": 0.25}})
+    monkeypatch.setattr(benchmark, "LEVERS", (("default", {}), ("default", {"kd.power": 1.0})))
+    monkeypatch.setattr(benchmark, "NFES", (1, 2))
+    monkeypatch.setattr(benchmark, "PAIRED", 4)
+    return Bench("fashion", tmp_path / "results" / "fashion", tmp_path / "runs", 80, "cpu")
+
+
+def cell(bench: Bench, name: str) -> dict[str, object]:
+    facts: dict[str, object] = json.loads(bench.path(name).read_text())
+    return facts
+
+
+def test_a_benchmark_from_cells_to_page(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 1):
+        student_cells(bench, "few-step", seed, [0.01, 0.02], "")
+    first, later = (cell(bench, f"few-step-seed{seed}-0.02min") for seed in (0, 1))
+    assert first["updates"] == later["updates"] > cell(bench, "few-step-seed0-0.01min")["updates"]
+    assert [row["nfe"] for row in first["student"]] == [1, 2]  # type: ignore[attr-defined, union-attr]
+    assert first["student"] != later["student"]
+    teacher_cells(bench, [2], "")
+    assert cell(bench, "teacher-ddim-2")["nfe"] == cell(bench, "teacher-dpmsolver-2")["nfe"] == 2
+    lever_cells(bench, 0.01, "power")
+    text = page("fashion", read_cells(bench.cells), list(benchmark.OBJECTIVES))
+    assert text.count("| few-step | 0.02 min |") == 2
+    assert "| DPM-Solver++ 2M | 2 |" in text
+    assert "| default | kd.power=1.0 |" in text
+
+    before = {path: path.read_bytes() for path in bench.cells.iterdir()}
+    capsys.readouterr()
+    student_cells(bench, "few-step", 0, [0.01, 0.02], "")
+    assert capsys.readouterr().out.count("already measured") == 2
+    assert before == {path: path.read_bytes() for path in bench.cells.iterdir()}
+
+    bench.path("few-step-seed0-0.02min").unlink()
+    changed = SMALL | {"refiner.share": 0.25, "batch_size": 16}
+    benchmark.OBJECTIVES["few-step"] = changed
+    with pytest.raises(SystemExit, match=r"other settings \(batch_size\)"):
+        student_cells(bench, "few-step", 0, [0.02], "")
