@@ -298,6 +298,12 @@ def from_dict(tree: Mapping[str, object]) -> DistillConfig:
         raise UsageError(f"Setting {key} = {first['input']!r}: {first['msg'].lower()}.") from error
 
 
+def from_other_version(tree: Mapping[str, object]) -> DistillConfig:
+    """As `from_dict`, for a stored student: settings that this version does not know had their effect in training."""
+    known = set(known_keys())
+    return resolve({key: value for key, value in flatten(tree) if key in known})
+
+
 def to_dict(config: DistillConfig) -> dict[str, object]:
     """The nested JSON-able form: `from_dict`'s inverse."""
     return dataclasses.asdict(config)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bootcli.config import DistillConfig
+from bootcli.config import DistillConfig, to_dict
 from bootcli.errors import BootError, UsageError
 from bootcli.store.artifact import find_artifact, load_student, save_student
 from bootcli.store.checkpoint import checkpoints, load_newest, save_checkpoint
@@ -278,7 +278,6 @@ def test_a_run_without_a_student_says_how_to_go_on(tmp_path: Path) -> None:
         {"teacher": {"unet": {"block_out_channels": [8, 8]}, "scheduler": {}, "card": {}}},
         {"config": []},
         {"config": {"steps": "many"}},
-        {"config": {"nonsense": 1}},
         {"step": None},
     ],
     ids=repr,
@@ -290,6 +289,14 @@ def test_a_student_with_a_wrong_header_is_refused(tiny_run: Path, tmp_path: Path
     with pytest.raises(BootError) as caught:
         load_student(path)
     assert caught.value.exit_code == 1
+
+
+def test_a_student_of_a_version_with_more_settings_is_read(tiny_run: Path, tmp_path: Path) -> None:
+    tensors, header = read_tensors(find_artifact(tiny_run))
+    config = to_dict(load_student(tiny_run).config)
+    config = {**config, "wings": 2, "boot": {**config["boot"], "feathers": True}}  # type: ignore[dict-item]
+    write_tensors(tmp_path / "a.safetensors", tensors, {**header, "config": config})
+    assert load_student(tmp_path / "a.safetensors").config == load_student(tiny_run).config
 
 
 def test_a_student_with_wrong_weights_is_refused(tiny_run: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from bootcli.config import RefinerConfig
-from bootcli.maths.prediction import from_x0
 from bootcli.maths.signal_ode import from_signal, solve
 from bootcli.objectives.base import adaptive, conditions
 from bootcli.student import Student
@@ -77,11 +76,10 @@ class Refiner:
 
         schedule, config = self.teacher.schedule, self.config
         with torch.no_grad():
-            x = from_signal(student(draw.eps, t_min, cond), draw.noise, schedule(draw.start))
-            # The path's own noise is the one that f implies; the signal at its start is then f itself.
-            f = denoiser(x, draw.start)
-            eps = from_x0("eps", f, x, schedule(draw.start))
-            end = solve(denoiser, schedule, f, eps, draw.start, t_min, config.solver, config.teacher_steps)
+            sample = student(draw.eps, t_min, cond)
+            x = from_signal(sample, draw.noise, schedule(draw.start))
+            # The Signal-ODE holds for any noise that is kept along the path: with this one it starts at the sample.
+            end = solve(denoiser, schedule, sample, draw.noise, draw.start, t_min, config.solver, config.teacher_steps)
         y: Tensor = student(x, t_min, cond, draw.start)
         square = (y - end).square().flatten(1).mean(1)
         return (adaptive(square, self.power) * square).mean()

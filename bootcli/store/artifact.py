@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bootcli import __version__
-from bootcli.config import DistillConfig, from_dict, to_dict
+from bootcli.config import DistillConfig, from_other_version, to_dict
 from bootcli.errors import BootError, UsageError
 from bootcli.store.rundir import RunDir
 from bootcli.store.tensors import read_tensors, write_tensors
@@ -103,7 +103,7 @@ def load_student(run: Path) -> Artifact:
             raise ValueError(f"unknown head {header['head']!r}")
         student = Student(teacher, cast(Head, header["head"]), float(cast(float, header["t_min"])))
         student.load_state_dict(tensors)
-        config = from_dict(cast(Mapping[str, object], header["config"]))
+        config = from_other_version(cast(Mapping[str, object], header["config"]))
         step = int(cast(int, header["step"]))
     except UsageError as error:  # the file is at fault, not the command line
         raise BootError(f"{path}: {error.message}", error.hint) from error

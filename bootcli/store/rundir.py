@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bootcli.config import DistillConfig, from_dict, to_dict
 from bootcli.errors import BootError, UsageError
-from bootcli.store.files import check_free, read_json, write_json
+from bootcli.store.files import atomic_file, check_free, read_json, write_json
 
 RUNS = Path("runs")
 
@@ -127,7 +127,8 @@ class RunDir:
         for file in (self.log_file, self.scores_file):
             if file.exists():
                 kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-                file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                with atomic_file(file) as temporary:
+                    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def _append(path: Path, line: Mapping[str, object]) -> None:

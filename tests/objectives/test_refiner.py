@@ -72,3 +72,17 @@ def test_draw_takes_the_configured_times_in_turn() -> None:
     taken = part.take(draw, slice(2, 5), torch.device("cpu"))
     assert torch.equal(taken.start, draw.start[2:5])
     assert torch.equal(taken.noise, draw.noise[2:5])
+
+
+def test_the_teacher_is_asked_once_for_each_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = GaussianTeacher(MEAN, 0.5, CosineVP())
+    part, seen = refiner(teacher, 3), []
+    asked = part.teacher.x0
+
+    def counted(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        seen.append(float(t[0]))
+        return asked(x, t, cond)
+
+    monkeypatch.setattr(part.teacher, "x0", counted)
+    part.loss(Ideal(teacher), part.draw(torch.Generator().manual_seed(0), 4, 1), Cond())  # type: ignore[arg-type]
+    assert len(seen) == len(set(seen)) == 6  # midpoint: twice a step
