@@ -35,7 +35,13 @@ TeacherOption = Annotated[
     ),
 ]
 PromptsOption = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Prompts, one a line, for a text teacher.", rich_help_panel=TEACHER)
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Prompts for a text teacher: a text file, .jsonl, a pattern, or - for standard input.",
+        show_default="200 that come with bootcli",
+        rich_help_panel=TEACHER,
+    ),
 ]
 NegativePromptOption = Annotated[
     str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.", rich_help_panel=TEACHER)

@@ -20,11 +20,12 @@ from bootcli.images import enlarge, grid, save_png, to_uint8
 from bootcli.pipelines.events import Event, Finished, Previewed, Saved, Scored, Started, Stepped, Warned
 from bootcli.pipelines.scoring import Scorer
 from bootcli.pipelines.setup import Distillation, set_up
+from bootcli.prompts import read_prompts, write_prompts
 from bootcli.sampler import prior_noise, teacher_endpoint
 from bootcli.signals import watch_signals
 from bootcli.store.artifact import save_student
 from bootcli.store.checkpoint import load_newest, save_checkpoint
-from bootcli.store.files import copy_file
+from bootcli.store.files import atomic_file, copy_file
 from bootcli.store.rundir import RunDir
 from bootcli.teachers.registry import load
 from bootcli.trainer import AGAIN, StepReport, Trainer
@@ -57,6 +58,11 @@ def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite
     engine = Engine(config.device, config.mixed_precision)
     loaded = load(config.teacher)
     work = set_up(loaded.teacher, config, engine, fresh=not resume)
+    prompts = read_prompts(config.prompts) if loaded.teacher.spec.conditioning == "text" and not resume else None
+    if prompts is not None:  # the run keeps them: their file may change, and standard input is gone
+        work = dataclasses.replace(
+            work, config=dataclasses.replace(work.config, prompts=str(rundir.prompts.absolute()))
+        )
     trainer = Trainer(work, work.config, engine)
     if resume:
         _restore(trainer, rundir)
@@ -65,6 +71,9 @@ def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite
         if resume:
             rundir.trim(trainer.step)
         rundir.create(work.config, keep=resume)
+        if prompts is not None:
+            with atomic_file(rundir.prompts) as temporary:
+                write_prompts(temporary, prompts)
     engine.wait()
     session = _Session(rundir, work, trainer, loaded.family.name, engine)
     events = session.events()

@@ -25,6 +25,7 @@ from bootcli.objectives.corrector import Corrector
 from bootcli.objectives.freeflow import FreeFlow
 from bootcli.objectives.kd import KD
 from bootcli.objectives.refiner import Refiner
+from bootcli.prompts import read_prompts
 from bootcli.sampler import CondOf, prior_noise
 from bootcli.store.artifact import load_student
 from bootcli.student import Student
@@ -69,7 +70,7 @@ def condition_pool(teacher: Teacher, config: DistillConfig) -> Cond:
     if kind == "class":
         return teacher.condition(list(config.classes or range(teacher.spec.num_classes)))
     if kind == "text":
-        return teacher.condition(read_prompts(config.prompts))
+        return _of_prompts(teacher, config)
     return Cond()
 
 
@@ -100,18 +101,15 @@ def labels_of(teacher: Teacher, config: DistillConfig) -> Callable[[Sequence[int
     return lambda seeds: pool[torch.tensor(list(seeds)) % len(pool)]
 
 
-def read_prompts(path: str | None) -> list[str]:
-    """The lines of a prompt file that are not blank. Raises `UsageError`."""
-    if path is None:
-        raise UsageError("This teacher needs prompts.", "Give a text file with one prompt per line: --prompts FILE")
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"Cannot read prompts from {path}: {error}.") from error
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise UsageError(f"{path} holds no prompts.", "Write one prompt per line.")
-    return prompts
+def _of_prompts(teacher: Teacher, config: DistillConfig) -> Cond:
+    """The run's prompts, with negative ones where they have any of their own."""
+    prompts = read_prompts(config.prompts)
+    cond = teacher.condition([prompt.text for prompt in prompts])
+    if config.guidance_scale == 1.0 or not any(prompt.negative for prompt in prompts):
+        return cond
+    wanted = [config.negative_prompt if prompt.negative is None else prompt.negative for prompt in prompts]
+    places = {text: place for place, text in enumerate(dict.fromkeys(wanted))}  # most are the same: encoded once
+    return Cond(cond.tensors, teacher.condition(list(places)).rows(torch.tensor([places[text] for text in wanted])))
 
 
 def set_up(teacher: Teacher, config: DistillConfig, engine: Engine, *, fresh: bool = True) -> Distillation:

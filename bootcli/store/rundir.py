@@ -37,6 +37,11 @@ class RunDir:
         return self.path / "config.json"
 
     @property
+    def prompts(self) -> Path:
+        """What a text teacher is asked for, as it was when the run began."""
+        return self.path / "prompts.jsonl"
+
+    @property
     def log_file(self) -> Path:
         """One JSON object per logged step."""
         return self.path / "log.jsonl"

@@ -24,9 +24,15 @@ Clock = Literal["native", "log"]
 
 @dataclass(frozen=True)
 class Cond:
-    """What the network is conditioned on: named tensors whose first dimension is the batch. Empty: unconditional."""
+    """What the network is conditioned on.
+
+    Args:
+        tensors: by name; their first dimension is the batch. Empty: unconditional.
+        negative: what guidance leads away from, one row for each; None: the same for all, which the run says.
+    """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    negative: Cond | None = None
 
     def __len__(self) -> int:
         """The number of conditions; an unconditional teacher has one, which is empty."""
@@ -34,14 +40,16 @@ class Cond:
 
     def rows(self, index: Tensor) -> Cond:
         """The conditions at ``index``, shape (b,)."""
-        return Cond({name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()})
+        negative = None if self.negative is None else self.negative.rows(index)
+        return Cond({name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}, negative)
 
     def to(self, device: torch.device) -> Cond:
         """The same on another device."""
-        return Cond({name: tensor.to(device) for name, tensor in self.tensors.items()})
+        negative = None if self.negative is None else self.negative.to(device)
+        return Cond({name: tensor.to(device) for name, tensor in self.tensors.items()}, negative)
 
     def then(self, other: Cond) -> Cond:
-        """Both batches, one after the other."""
+        """Both batches, one after the other; of the network's alone, not of guidance's."""
         return Cond({name: torch.cat([tensor, other.tensors[name]]) for name, tensor in self.tensors.items()})
 
 

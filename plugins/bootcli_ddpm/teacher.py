@@ -166,7 +166,7 @@ def load(path: Path) -> DDPMTeacher:
         # students, exports and diffusers' own pipelines understand.
         unet["out_channels"] = inputs
         tensors |= {name: tensors[name][:inputs] for name in ("conv_out.weight", "conv_out.bias") if name in tensors}
-    teacher = DDPMTeacher(unet, process, _card(path), path)
+    teacher = DDPMTeacher(unet, process, card_of(path), path)
     fit_weights(teacher.net, tensors, layout.unet)
     return teacher
 
@@ -184,7 +184,7 @@ def build(config: Mapping[str, Any]) -> DDPMTeacher:
     return DDPMTeacher(unet, process, card)
 
 
-def _card(path: Path) -> dict[str, str]:
+def card_of(path: Path) -> dict[str, str]:
     """What the model card and the path say; a teacher without a readable card is no worse for it."""
     try:
         metadata = metadata_load(path / "README.md") if (path / "README.md").is_file() else None

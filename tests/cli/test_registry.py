@@ -106,9 +106,9 @@ def test_the_switch_picks_plugins(add: Callable[..., None], monkeypatch: pytest.
     add("plugin-one", "one")
     add("plugin-two", "two")
     for chosen, names in {
-        "": ["ddpm", "edm"],
-        "Plugin_Two": ["ddpm", "edm", "two"],
-        "plugin-one, plugin-two": ["ddpm", "edm", "one", "two"],
+        "": ["ddpm", "edm", "sd"],
+        "Plugin_Two": ["ddpm", "edm", "sd", "two"],
+        "plugin-one, plugin-two": ["ddpm", "edm", "one", "sd", "two"],
     }.items():
         monkeypatch.setenv(registry.SWITCH, chosen)
         assert [one.name for one in registry.installed()] == names

@@ -1,0 +1,52 @@
+"""Stable Diffusion teachers: latent text-to-image models in diffusers' layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bootcli.plugin import Alias, TeacherFamily
+from bootcli_sd.layout import matches
+
+if TYPE_CHECKING:
+    from bootcli.plugin import Teacher
+
+__all__ = ["family"]
+
+
+def _load(path: Path) -> Teacher:
+    from bootcli_sd.teacher import load
+
+    return load(path)
+
+
+def _build(config: Mapping[str, object]) -> Teacher:
+    from bootcli_sd.teacher import build
+
+    return build(config)
+
+
+_PARTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+
+
+def _weights(ending: str) -> tuple[str, ...]:
+    return tuple(f"{part}{ending}" for part in (*_PARTS, "text_encoder_2/model"))
+
+
+family = TeacherFamily(
+    name="sd",
+    summary="Stable Diffusion 1.x, 2.x and XL: text to image in the latents of an autoencoder",
+    accepts=("a diffusers pipeline folder: unet/ (UNet2DConditionModel), vae/, text_encoder/, tokenizer/, scheduler/",),
+    matches=matches,
+    load=_load,
+    build=_build,
+    aliases={
+        "sd15": Alias("stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.5, 512x512"),
+        "sd21": Alias("stabilityai/stable-diffusion-2-1", "Stable Diffusion 2.1, 768x768, v-prediction"),
+        "sd21-base": Alias("stabilityai/stable-diffusion-2-1-base", "Stable Diffusion 2.1, 512x512"),
+        "sdxl": Alias("stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL, 1024x1024"),
+    },
+    hub_weights=(_weights(".fp16.safetensors"), _weights(".safetensors"), _weights(".bin")),
+    hub_files=("tokenizer/*.txt", "tokenizer_2/*.txt", "features/*.safetensors"),
+)

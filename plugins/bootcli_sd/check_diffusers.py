@@ -1,0 +1,28 @@
+"""Runs an exported folder with diffusers alone; started after an export as `Exporter.check` says."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+
+@torch.no_grad()
+def main(folder: str, inputs: str, outputs: str) -> None:
+    """One step from given noise, part by part, and of the pipeline as users call it."""
+    given = load_file(inputs)
+    noise, text, pooled = given["noise"], given["text"], given.get("pooled")
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = {"prompt_embeds": text} | ({} if pooled is None else {"pooled_prompt_embeds": pooled})
+    once = {"num_inference_steps": 1, "guidance_scale": 1, "height": None, "width": None}
+    latents = pipeline(**prompts, **once, latents=noise, output_type="latent").images
+    generator = torch.manual_seed(0)  # draws the given noise again
+    images = pipeline(**prompts, **once, generator=generator, output_type="np").images
+    save_file({"sample": latents, "images": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() * 2 - 1}, outputs)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,78 @@
+"""Where the parts of a Stable Diffusion folder are. Reads small JSON files only, and imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bootcli_ddpm.layout import read_json
+
+from bootcli.plugin import BootError
+
+NETWORK = "UNet2DConditionModel"
+PIPELINES = frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"})
+_INDEX = "model_index.json"
+_IGNORED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker"})
+_PARTS = frozenset({"unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One folder, taken apart.
+
+    Args:
+        folder: of the pipeline.
+        unet, vae, scheduler: the configurations of these parts.
+        encoders: the folders of the text encoders, each with that of its tokenizer.
+        zero_negative: whether no prompt is an embedding of zeros instead of that of an empty text (SDXL).
+    """
+
+    folder: Path
+    unet: dict[str, object]
+    vae: dict[str, object]
+    scheduler: dict[str, object]
+    encoders: tuple[tuple[Path, Path], ...]
+    zero_negative: bool
+
+
+def matches(path: Path) -> bool:
+    """Whether a folder is a pipeline around a `UNet2DConditionModel` that makes images from text. Never raises."""
+    try:
+        index = path / _INDEX
+        return index.is_file() and read_json(index).get("_class_name") in PIPELINES
+    except (BootError, OSError, ValueError):
+        return False
+
+
+def read_layout(path: Path) -> Layout:
+    """The parts of a folder. Raises `BootError` for one that is no such pipeline."""
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise BootError(f"{path} {what}; a Stable Diffusion teacher is a folder.", "Give the folder with the parts.")
+    index = read_json(path / _INDEX)
+    parts = {
+        name: entry for name, entry in index.items() if isinstance(entry, list) and entry and entry[-1] is not None
+    }
+    if extra := sorted(parts.keys() - _PARTS - _IGNORED):
+        raise BootError(
+            f"{path / _INDEX} names parts that the sd family does not run: {', '.join(extra)}.",
+            "It runs pipelines of a text encoder, a UNet2DConditionModel and an AutoencoderKL.",
+        )
+    pairs = [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")]
+    encoders = tuple((path / encoder, path / tokenizer) for encoder, tokenizer in pairs if encoder in parts)
+    if not encoders:
+        raise BootError(f"{path / _INDEX} names no text encoder.", "The sd family runs text-to-image models.")
+    unet = read_json(path / "unet" / "config.json")
+    if unet.get("_class_name") != NETWORK:
+        raise BootError(
+            f"{path / 'unet'} holds a network of class {unet.get('_class_name')!r}, not {NETWORK}.",
+            "The sd family never runs code that comes with a model.",
+        )
+    return Layout(
+        path,
+        unet,
+        read_json(path / "vae" / "config.json"),
+        read_json(path / "scheduler" / "scheduler_config.json"),
+        encoders,
+        bool(index.get("force_zeros_for_empty_prompt", False)),
+    )

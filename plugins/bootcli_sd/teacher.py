@@ -1,0 +1,246 @@
+"""One loaded Stable Diffusion teacher: a `UNet2DConditionModel`, its forward process, its words and its latents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from bootcli_ddpm.layout import read_json
+from bootcli_ddpm.scheduler import Process, init_arguments, process_of, read_process
+from bootcli_ddpm.teacher import card_of
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+
+from bootcli.plugin import (
+    BootError,
+    Cond,
+    Exporter,
+    FeatureSpace,
+    NoThreshold,
+    Teacher,
+    TeacherSpec,
+    UsageError,
+    load_feature_space,
+)
+from bootcli_sd.layout import Layout, read_layout
+from bootcli_sd.text import TextEncoder
+
+RECIPE, FEATURES = "recipe.json", "features"
+_PLAIN = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class SDTeacher(Teacher):
+    """A latent text-to-image model of diffusers.
+
+    Its text encoder and its autoencoder stay in files until they are needed, and are not part of ``net``.
+
+    Args:
+        net: the UNet.
+        process: the forward process.
+        vae: configuration of the autoencoder.
+        home: the folder that holds the other parts.
+        card: facts that travel with students: ``licence`` and ``source`` (a hub id), where known.
+    """
+
+    def __init__(self, net: Any, process: Process, vae: Mapping[str, Any], home: Path, card: Mapping[str, str]) -> None:
+        self.net = net.eval()
+        self.process = process
+        self.home = home
+        self.card = dict(card)
+        self.vae_config = dict(vae)
+        self._arguments = init_arguments(UNet2DConditionModel, net.config)
+        self._width = int(net.time_embedding.linear_2.out_features)
+        self._text: TextEncoder | None = None
+        self._vae: Any = None
+        side = net.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        self.spec = TeacherSpec(
+            sample_shape=(int(net.config.in_channels), int(height), int(width)),
+            prediction=process.prediction,
+            schedule=process.table,
+            conditioning="text",
+            threshold=NoThreshold(),  # latents have no range
+        )
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """See `Teacher.predict`. The result has the dtype that ``net`` computes in."""
+        parameter = next(net.parameters())
+        timestep = self.process.table.timestep(t).float().to(parameter.device)
+        text = cond.tensors["text"].to(parameter.dtype)
+        added = None
+        if "pooled" in cond.tensors:
+            added = {"text_embeds": cond.tensors["pooled"].to(parameter.dtype), "time_ids": self._sizes(x_t)}
+        output: Tensor = net(
+            x_t.to(parameter.dtype), timestep, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False
+        )[0]
+        return output
+
+    def _sizes(self, x_t: Tensor) -> Tensor:
+        """SDXL's time_ids (b, 6): original size, crop and target size in pixels; nothing is cropped."""
+        height, width = (side * self.pixels for side in x_t.shape[2:])
+        return torch.tensor([[height, width, 0, 0, height, width]], device=x_t.device).expand(len(x_t), -1)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a side for each latent of a side."""
+        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
+
+    def condition(self, requests: Sequence[int | str | None]) -> Cond:
+        """Text embeddings as ``{"text": (b, tokens, width)}``, for SDXL ``pooled`` too; None is the empty prompt."""
+        for request in requests:
+            if request is not None and not isinstance(request, str):
+                raise UsageError(f"{request!r} is no prompt: this teacher takes text, not classes.")
+        return Cond(self.text([request if request is None else str(request) for request in requests]))
+
+    @property
+    def text(self) -> TextEncoder:
+        """The text encoder, loaded when it is first asked for."""
+        if self._text is None:
+            layout = self._layout()
+            self._text = TextEncoder(layout.encoders, zero_negative=layout.zero_negative)
+        return self._text
+
+    def _layout(self) -> Layout:
+        if not self.home.is_dir():
+            raise BootError(
+                f"{self.home} is gone: it held the text encoder and the autoencoder of this teacher.",
+                "Put the teacher's folder back, or distil again from where it is now.",
+            )
+        return read_layout(self.home)
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder, loaded when it is first asked for."""
+        if self._vae is None:
+            self._vae = _from_folder(AutoencoderKL, self._layout().folder / "vae").eval().requires_grad_(False)
+        return self._vae
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Images (b, 3, H, W) by the autoencoder."""
+        vae = self.vae.to(z.device)
+        latents = z.float() / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        images: Tensor = vae.decode(latents, return_dict=False)[0]
+        return images
+
+    def embedding_site(self, net: nn.Module) -> tuple[nn.Module, int]:
+        """The time embedding; see `Teacher.embedding_site`."""
+        return net.get_submodule("time_embedding"), self._width
+
+    def output_layer(self, net: nn.Module) -> nn.Module:
+        """The last convolution."""
+        return net.get_submodule("conv_out")
+
+    def config(self) -> dict[str, object]:
+        """Arguments of the UNet, of the scheduler and of the autoencoder, and where the other parts lie."""
+        parts = {
+            "unet": self._arguments,
+            "scheduler": self.process.config,
+            "vae": self.vae_config,
+            "home": str(self.home),
+            "card": self.card,
+        }
+        config: dict[str, object] = json.loads(json.dumps(parts))  # tuples become lists: what a file gives back
+        return config
+
+    def recipe(self) -> dict[str, object]:
+        """The settings in the folder's ``recipe.json``, if it has one; see `Teacher.recipe`."""
+        file = self.home / RECIPE
+        if not file.is_file():
+            return {}
+        return read_json(file)
+
+    def lora_targets(self) -> tuple[str, ...]:
+        """The projections of self- and cross-attention."""
+        return _ATTENTION
+
+    def feature_layers(self, net: nn.Module) -> Sequence[nn.Module]:
+        """The last residual block of every resolution on the way down, and of the middle."""
+        blocks = [*net.get_submodule("down_blocks").children(), net.get_submodule("mid_block")]
+        return tuple(list(block.get_submodule("resnets").children())[-1] for block in blocks)
+
+    def enable_gradient_checkpointing(self, net: nn.Module) -> None:
+        """diffusers' own, block by block."""
+        assert isinstance(net, UNet2DConditionModel)
+        net.enable_gradient_checkpointing()
+
+    def export_formats(self) -> Mapping[str, Exporter]:
+        """``diffusers``: a `StableDiffusionPipeline` folder that samples in one step."""
+        from bootcli_sd.export import write_diffusers
+
+        return {"diffusers": Exporter(write_diffusers, Path(__file__).with_name("check_diffusers.py"))}
+
+    def feature_space(self) -> FeatureSpace | None:
+        """That of the folder's ``features``, if it has one; see `Teacher.feature_space`."""
+        folder = self.home / FEATURES
+        return load_feature_space(folder) if folder.is_dir() else None
+
+    def describe(self) -> dict[str, str]:
+        """See `Teacher.describe`."""
+        _, height, width = self.spec.sample_shape
+        count = sum(parameter.numel() for parameter in self.net.parameters())
+        facts = {
+            "architecture": f"UNet2DConditionModel, {count / 1e6:.1f}M parameters",
+            "schedule": self.process.summary,
+            "images": f"{height * self.pixels}x{width * self.pixels} pixels, from {height}x{width} latents",
+        }
+        return self.card | facts
+
+
+def load(path: Path) -> SDTeacher:
+    """A teacher with its weights, in float32 and eval mode. Raises `BootError` for a broken folder."""
+    layout = read_layout(path)
+    process = read_process(layout.scheduler)
+    net = _from_folder(UNet2DConditionModel, path / "unet")
+    _check_network(net.config, layout)
+    return SDTeacher(net, process, layout.vae, path.absolute(), card_of(path))
+
+
+def build(config: Mapping[str, Any]) -> SDTeacher:
+    """The teacher of a stored `SDTeacher.config`, with random weights. Raises `BootError` for a damaged config."""
+    try:
+        process = process_of(dict(config["scheduler"]))
+        net = UNet2DConditionModel(**config["unet"])
+        return SDTeacher(net, process, dict(config["vae"]), Path(config["home"]), dict(config["card"]))
+    except BootError:
+        raise
+    except Exception as error:  # values of any kind come from the file, and diffusers checks few of them
+        raise BootError(
+            f"The stored teacher config is not valid ({type(error).__name__}: {error!s:.300}).",
+            "The file was edited, or written by another version of bootcli.",
+        ) from None
+
+
+def _from_folder(kind: Any, folder: Path) -> Any:
+    """A network of diffusers in float32, from safetensors if there are any, in full or half precision."""
+    variant = None if any((folder / f"diffusion_pytorch_model{end}").is_file() for end in _PLAIN) else "fp16"
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, variant=variant, torch_dtype=torch.float32)
+    except Exception as error:  # whatever diffusers says of what is missing or broken
+        raise BootError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {error!s:.300}).", "Download the teacher again."
+        ) from None
+
+
+def _check_network(config: Any, layout: Layout) -> None:
+    """Raise `BootError` for a network that wants more than text."""
+    if config.in_channels != config.out_channels:
+        raise BootError(
+            f"The network reads {config.in_channels} channels and predicts {config.out_channels}.",
+            "It is no text-to-image model on its own (inpainting or depth, perhaps).",
+        )
+    if config.in_channels != layout.vae.get("latent_channels", 4):
+        latents = layout.vae.get("latent_channels")
+        raise BootError(
+            f"The network draws {config.in_channels} channels, its autoencoder knows {latents}.",
+            "unet/ and vae/ come from different models.",
+        )
+    wanted = {"text_time": 2, None: 1}.get(config.addition_embed_type)
+    if wanted != len(layout.encoders) or config.class_embed_type or config.encoder_hid_dim:
+        raise BootError(
+            "The network is conditioned on more than text.", "The sd family runs Stable Diffusion 1.x, 2.x and XL."
+        )

@@ -1,0 +1,77 @@
+"""Prompts to what the network is conditioned on: CLIP's text encoders, as diffusers' pipelines use them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from bootcli.plugin import BootError
+
+BATCH = 32
+"""Prompts encoded at a time."""
+
+
+class TextEncoder:
+    """One encoder (Stable Diffusion), or two side by side (SDXL).
+
+    Args:
+        folders: of each encoder and its tokenizer.
+        zero_negative: whether None is an embedding of zeros instead of that of an empty text.
+
+    ``pairs`` holds each encoder with its tokenizer. Raises `BootError` for a broken folder.
+    """
+
+    def __init__(self, folders: Sequence[tuple[Path, Path]], *, zero_negative: bool = False) -> None:
+        self.zero_negative = zero_negative
+        self.pairs: list[tuple[Any, Any]] = []
+        for place, (encoder, tokenizer) in enumerate(folders):
+            kind = CLIPTextModelWithProjection if place else CLIPTextModel
+            try:
+                model = kind.from_pretrained(encoder, local_files_only=True)
+                words = CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
+            except Exception as error:  # whatever transformers says of what is missing or broken
+                raise BootError(
+                    f"The text encoder in {encoder.parent} cannot be loaded ({type(error).__name__}: {error!s:.300}).",
+                    "Download the teacher again.",
+                ) from None
+            self.pairs.append((model.eval().requires_grad_(False), words))
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str | None]) -> dict[str, Tensor]:
+        """``text`` (b, tokens, width), and for two encoders ``pooled`` (b, width of the second); on the CPU."""
+        parts = [self._encode(prompts[first : first + BATCH]) for first in range(0, len(prompts), BATCH)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def truncated(self, prompts: Sequence[str]) -> list[int]:
+        """Which prompts have more words than the encoder reads."""
+        _, words = self.pairs[0]
+        return [i for i, prompt in enumerate(prompts) if len(words(prompt).input_ids) > words.model_max_length]
+
+    def _encode(self, prompts: Sequence[str | None]) -> dict[str, Tensor]:
+        texts = ["" if prompt is None else prompt for prompt in prompts]
+        outputs = [self._run(model, words, texts) for model, words in self.pairs]
+        if len(outputs) == 1:
+            return {"text": outputs[0].last_hidden_state}
+        # SDXL reads the layer before the last of both, and the sentence embedding of the second.
+        encoded = {
+            "text": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
+            "pooled": outputs[-1].text_embeds,
+        }
+        if self.zero_negative:
+            for row, prompt in enumerate(prompts):
+                if prompt is None:
+                    for tensor in encoded.values():
+                        tensor[row] = 0
+        return encoded
+
+    def _run(self, model: Any, words: Any, texts: list[str]) -> Any:
+        tokens = words(
+            texts, padding="max_length", max_length=words.model_max_length, truncation=True, return_tensors="pt"
+        )
+        mask = tokens.attention_mask if getattr(model.config, "use_attention_mask", False) else None
+        return model(tokens.input_ids, attention_mask=mask, output_hidden_states=True)

@@ -1,0 +1,89 @@
+"""A text teacher on the command line: prompts from files and from standard input, kept with the run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .conftest import Cli, environment
+
+
+@pytest.fixture(scope="module")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of diffusers with random weights, 16x16 pixels."""
+    torch.manual_seed(0)
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
+    text = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, eos_token_id=len(words) - 1, bos_token_id=len(words) - 2,
+    )  # fmt: skip
+    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+    pipeline = StableDiffusionPipeline(
+        unet=UNet2DConditionModel(
+            sample_size=8, layers_per_block=1, attention_head_dim=2, cross_attention_dim=16, **blocks,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ),
+        vae=AutoencoderKL(
+            sample_size=16, **blocks,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        ),
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
+        text_encoder=CLIPTextModel(text), tokenizer=tokenizer,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("teachers") / "tiny-sd"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+FEW = ["--steps", "2", "--batch-size", "4", "--set", "preview_teacher_steps=2", "--set", "watch.every=0"]
+
+
+def test_prompts_in_images_out(cli: Cli, tiny_sd: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# two of them\na red shoe\tblue\na green coat\n")
+    flags = ["--teacher", str(tiny_sd), "--prompts", "prompts.txt", "--guidance-scale", "3", "--output", "run"]
+    done = cli("distill", *flags, *FEW)
+    assert done.returncode == 0, done.stderr
+    kept = [json.loads(line) for line in (tmp_path / "run" / "prompts.jsonl").read_text().splitlines()]
+    assert kept == [{"prompt": "a red shoe", "negative_prompt": "blue"}, {"prompt": "a green coat"}]
+    prompts.unlink()
+    done = cli("sample", "run", "-n", "2", "--prompt", "a brown hat", "--output", "images")
+    assert done.returncode == 0, done.stderr
+    done = cli("distill", "--resume", "--output", "run", "--steps", "3")
+    assert done.returncode == 0, done.stderr
+
+
+def test_prompts_from_standard_input(tiny_sd: Path, tmp_path: Path) -> None:
+    flags = ["--teacher", str(tiny_sd), "--prompts", "-", "--output", "run"]
+    command = [sys.executable, "-m", "bootcli", "distill", *flags, *FEW]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), input="a shoe\na coat\n", capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "prompts.jsonl").read_text().count("\n") == 2
+
+
+def test_without_prompts_it_takes_its_own(cli: Cli, tiny_sd: Path, tmp_path: Path) -> None:
+    done = cli("distill", "--teacher", str(tiny_sd), "--output", "run", *FEW)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "prompts.jsonl").read_text().count("\n") == 200
+
+
+def test_without_a_network_the_way_out_is_said_at_once(cli: Cli) -> None:
+    done = cli("distill", "--teacher", "sd15", HF_HUB_OFFLINE="1", HF_HOME="/nonexistent")
+    assert done.returncode == 1
+    said = " ".join(done.stderr.split())
+    assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in said
+    assert "--teacher ./stable-diffusion-v1-5" in said
