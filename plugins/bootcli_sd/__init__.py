@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bootcli.plugin import Alias, TeacherFamily
+from bootcli_sd import single_file
 from bootcli_sd.layout import matches
 
 if TYPE_CHECKING:
     from bootcli.plugin import Teacher
 
 __all__ = ["family"]
+
+
+def _matches(path: Path) -> bool:
+    return matches(path) or single_file.matches(path)
 
 
 def _load(path: Path) -> Teacher:
@@ -37,8 +42,11 @@ def _weights(ending: str) -> tuple[str, ...]:
 family = TeacherFamily(
     name="sd",
     summary="Stable Diffusion 1.x, 2.x and XL: text to image in the latents of an autoencoder",
-    accepts=("a diffusers pipeline folder: unet/ (UNet2DConditionModel), vae/, text_encoder/, tokenizer/, scheduler/",),
-    matches=matches,
+    accepts=(
+        "a diffusers pipeline folder: unet/ (UNet2DConditionModel), vae/, text_encoder/, tokenizer/, scheduler/",
+        "a single .safetensors file in the layout of the original code (sd:FILE.ckpt too: tensors alone are read)",
+    ),
+    matches=_matches,
     load=_load,
     build=_build,
     aliases={

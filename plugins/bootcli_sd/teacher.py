@@ -26,7 +26,8 @@ from bootcli.plugin import (
     load_feature_space,
 )
 from bootcli_sd.layout import Layout, read_layout
-from bootcli_sd.text import TextEncoder
+from bootcli_sd.single_file import Parts, read_single_file
+from bootcli_sd.text import TextEncoder, load_pairs
 
 RECIPE, FEATURES = "recipe.json", "features"
 _PLAIN = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
@@ -42,14 +43,18 @@ class SDTeacher(Teacher):
         net: the UNet.
         process: the forward process.
         vae: configuration of the autoencoder.
-        home: the folder that holds the other parts.
+        home: the folder that holds the other parts, or the single file.
+        kind: of a single file (`bootcli_sd.single_file.CONFIGS`); empty for a folder.
         card: facts that travel with students: ``licence`` and ``source`` (a hub id), where known.
     """
 
-    def __init__(self, net: Any, process: Process, vae: Mapping[str, Any], home: Path, card: Mapping[str, str]) -> None:
+    def __init__(
+        self, net: Any, process: Process, vae: Mapping[str, Any], home: Path, card: Mapping[str, str], kind: str = ""
+    ) -> None:
         self.net = net.eval()
         self.process = process
         self.home = home
+        self.kind = kind
         self.card = dict(card)
         self.vae_config = dict(vae)
         self._arguments = init_arguments(UNet2DConditionModel, net.config)
@@ -99,25 +104,43 @@ class SDTeacher(Teacher):
     @property
     def text(self) -> TextEncoder:
         """The text encoder, loaded when it is first asked for."""
-        if self._text is None:
+        if self._text is None and self.kind:
+            self.take(self._file())
+        elif self._text is None:
             layout = self._layout()
-            self._text = TextEncoder(layout.encoders, zero_negative=layout.zero_negative)
+            self._text = TextEncoder(load_pairs(layout.encoders), zero_negative=layout.zero_negative)
+        assert self._text is not None
         return self._text
-
-    def _layout(self) -> Layout:
-        if not self.home.is_dir():
-            raise BootError(
-                f"{self.home} is gone: it held the text encoder and the autoencoder of this teacher.",
-                "Put the teacher's folder back, or distil again from where it is now.",
-            )
-        return read_layout(self.home)
 
     @property
     def vae(self) -> Any:
         """The autoencoder, loaded when it is first asked for."""
-        if self._vae is None:
+        if self._vae is None and self.kind:
+            self.take(self._file())
+        elif self._vae is None:
             self._vae = _from_folder(AutoencoderKL, self._layout().folder / "vae").eval().requires_grad_(False)
         return self._vae
+
+    def take(self, parts: Parts) -> None:
+        """Keep the text encoder and the autoencoder of a single file, which is read as a whole."""
+        self._text = TextEncoder(parts.pairs, zero_negative=parts.kind == "sdxl")
+        self._vae = parts.vae
+
+    def _layout(self) -> Layout:
+        if not self.home.is_dir():
+            raise self._gone()
+        return read_layout(self.home)
+
+    def _file(self) -> Parts:
+        if not self.home.is_file():
+            raise self._gone()
+        return read_single_file(self.home, self.kind)
+
+    def _gone(self) -> BootError:
+        return BootError(
+            f"{self.home} is gone: it held the text encoder and the autoencoder of this teacher.",
+            "Put it back, or distil again from where it is now.",
+        )
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -142,6 +165,7 @@ class SDTeacher(Teacher):
             "scheduler": self.process.config,
             "vae": self.vae_config,
             "home": str(self.home),
+            "kind": self.kind,
             "card": self.card,
         }
         config: dict[str, object] = json.loads(json.dumps(parts))  # tuples become lists: what a file gives back
@@ -184,6 +208,7 @@ class SDTeacher(Teacher):
         _, height, width = self.spec.sample_shape
         count = sum(parameter.numel() for parameter in self.net.parameters())
         facts = {
+            **({"single file": self.kind} if self.kind else {}),
             "architecture": f"UNet2DConditionModel, {count / 1e6:.1f}M parameters",
             "schedule": self.process.summary,
             "images": f"{height * self.pixels}x{width * self.pixels} pixels, from {height}x{width} latents",
@@ -192,7 +217,13 @@ class SDTeacher(Teacher):
 
 
 def load(path: Path) -> SDTeacher:
-    """A teacher with its weights, in float32 and eval mode. Raises `BootError` for a broken folder."""
+    """A teacher with its weights, in float32 and eval mode. Raises `BootError` for a broken folder or file."""
+    if path.is_file():
+        parts = read_single_file(path)
+        process = read_process(parts.scheduler)
+        teacher = SDTeacher(parts.unet, process, parts.vae_config, path.absolute(), {}, parts.kind)
+        teacher.take(parts)
+        return teacher
     layout = read_layout(path)
     process = read_process(layout.scheduler)
     net = _from_folder(UNet2DConditionModel, path / "unet")
@@ -205,7 +236,8 @@ def build(config: Mapping[str, Any]) -> SDTeacher:
     try:
         process = process_of(dict(config["scheduler"]))
         net = UNet2DConditionModel(**config["unet"])
-        return SDTeacher(net, process, dict(config["vae"]), Path(config["home"]), dict(config["card"]))
+        home, kind = Path(config["home"]), str(config["kind"])
+        return SDTeacher(net, process, dict(config["vae"]), home, dict(config["card"]), kind)
     except BootError:
         raise
     except Exception as error:  # values of any kind come from the file, and diffusers checks few of them

@@ -16,30 +16,38 @@ BATCH = 32
 """Prompts encoded at a time."""
 
 
+Pair = tuple[Any, Any]
+"""A text encoder of transformers, and its tokenizer."""
+
+
+def load_pairs(folders: Sequence[tuple[Path, Path]]) -> list[Pair]:
+    """Encoders and tokenizers from their folders. Raises `BootError` for a broken one."""
+    pairs: list[Pair] = []
+    for place, (encoder, tokenizer) in enumerate(folders):
+        kind = CLIPTextModelWithProjection if place else CLIPTextModel
+        try:
+            model = kind.from_pretrained(encoder, local_files_only=True)
+            words = CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        except Exception as error:  # whatever transformers says of what is missing or broken
+            raise BootError(
+                f"The text encoder in {encoder.parent} cannot be loaded ({type(error).__name__}: {error!s:.300}).",
+                "Download the teacher again.",
+            ) from None
+        pairs.append((model.eval().requires_grad_(False), words))
+    return pairs
+
+
 class TextEncoder:
     """One encoder (Stable Diffusion), or two side by side (SDXL).
 
     Args:
-        folders: of each encoder and its tokenizer.
+        pairs: each encoder with its tokenizer.
         zero_negative: whether None is an embedding of zeros instead of that of an empty text.
-
-    ``pairs`` holds each encoder with its tokenizer. Raises `BootError` for a broken folder.
     """
 
-    def __init__(self, folders: Sequence[tuple[Path, Path]], *, zero_negative: bool = False) -> None:
+    def __init__(self, pairs: Sequence[Pair], *, zero_negative: bool = False) -> None:
+        self.pairs = pairs
         self.zero_negative = zero_negative
-        self.pairs: list[tuple[Any, Any]] = []
-        for place, (encoder, tokenizer) in enumerate(folders):
-            kind = CLIPTextModelWithProjection if place else CLIPTextModel
-            try:
-                model = kind.from_pretrained(encoder, local_files_only=True)
-                words = CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
-            except Exception as error:  # whatever transformers says of what is missing or broken
-                raise BootError(
-                    f"The text encoder in {encoder.parent} cannot be loaded ({type(error).__name__}: {error!s:.300}).",
-                    "Download the teacher again.",
-                ) from None
-            self.pairs.append((model.eval().requires_grad_(False), words))
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str | None]) -> dict[str, Tensor]:

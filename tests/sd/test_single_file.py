@@ -1,0 +1,190 @@
+"""A single file gives the teacher that its folder gives; the tokenizer is CLIP's own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from bootcli_sd import family, single_file
+from bootcli_sd.teacher import SDTeacher, build, load
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig
+
+from bootcli.errors import BootError
+
+from .conftest import MakeFolder, tokenizer
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+UNET = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "down_blocks.0.resnets.0": "input_blocks.1.0",
+    "down_blocks.0.attentions.0": "input_blocks.1.1",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+    "down_blocks.1.resnets.0": "input_blocks.3.0",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "up_blocks.0.resnets.0": "output_blocks.0.0",
+    "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
+    "up_blocks.1.resnets.0": "output_blocks.2.0",
+    "up_blocks.1.attentions.0": "output_blocks.2.1",
+    "up_blocks.1.resnets.1": "output_blocks.3.0",
+    "up_blocks.1.attentions.1": "output_blocks.3.1",
+}
+"""Where the original code has the parts of the tiny network."""
+VAE = {
+    r"down_blocks\.(\d)\.resnets\.": r"down.\1.block.",
+    r"down_blocks\.(\d)\.downsamplers\.0": r"down.\1.downsample",
+    r"up_blocks\.0\.resnets\.": "up.1.block.",
+    r"up_blocks\.1\.resnets\.": "up.0.block.",
+    r"up_blocks\.0\.upsamplers\.0": "up.1.upsample",
+    r"mid_block\.resnets\.0": "mid.block_1",
+    r"mid_block\.resnets\.1": "mid.block_2",
+    r"mid_block\.attentions\.0\.group_norm": "mid.attn_1.norm",
+    r"mid_block\.attentions\.0\.to_([qkv])": r"mid.attn_1.\1",
+    r"mid_block\.attentions\.0\.to_out\.0": "mid.attn_1.proj_out",
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
+}
+
+
+def original_names(unet: nn.Module, vae: nn.Module, text: nn.Module) -> dict[str, Tensor]:
+    """The weights as the original code names them."""
+    named: dict[str, Tensor] = {}
+    for name, tensor in unet.state_dict().items():
+        home = max((part for part in UNET if name.startswith(f"{part}.")), key=len)
+        rest = name.removeprefix(f"{home}.")
+        if ".resnets." in f".{home}.":
+            layer, _, kind = rest.rpartition(".")
+            rest = f"{RESNET[layer]}.{kind}"
+        named[f"model.diffusion_model.{UNET[home]}.{rest}"] = tensor
+    for name, tensor in vae.state_dict().items():
+        new = name
+        for pattern, replacement in VAE.items():
+            new = re.sub(pattern, replacement, new)
+        flat = ".attentions." in name and tensor.ndim == 2
+        named[f"first_stage_model.{new}"] = tensor[..., None, None] if flat else tensor
+    prefix = "cond_stage_model.transformer."
+    for name, tensor in text.state_dict().items():
+        named[f"{prefix}{name if name.startswith('text_model.') else f'text_model.{name}'}"] = tensor
+    return {name: tensor.contiguous().clone() for name, tensor in named.items()}
+
+
+@pytest.fixture
+def both(make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A folder, and a file of the same weights; the bundled configurations are those of the folder."""
+    folder = make_folder()
+    teacher = load(folder)
+    file = tmp_path / "tiny.safetensors"
+    save_file(original_names(teacher.net, teacher.vae, teacher.text.pairs[0][0]), file)
+    configs = tmp_path / "configs"
+    for name in ("model_index.json", *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))):
+        (configs / "sd1" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / name, configs / "sd1" / name)
+    shutil.copytree(folder / "scheduler", configs / "sd1" / "scheduler")
+    monkeypatch.setattr(single_file, "CONFIGS", configs)
+    monkeypatch.setattr(single_file, "tokenizer", lambda pad: tokenizer())
+    return folder, file
+
+
+def same(a: SDTeacher, b: SDTeacher) -> None:
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.9], dtype=torch.float64)
+    conds = [teacher.condition(["a red shoe", None]) for teacher in (a, b)]
+    assert torch.allclose(conds[0].tensors["text"], conds[1].tensors["text"], atol=1e-5)
+    with torch.no_grad():
+        drawn = [teacher.predict(teacher.net, x, t, cond) for teacher, cond in zip((a, b), conds, strict=True)]
+    assert torch.allclose(*drawn, atol=1e-5)
+    assert torch.allclose(a.decode(x), b.decode(x), atol=1e-5)
+    assert a.spec == b.spec
+
+
+def test_a_file_is_the_teacher_of_its_folder(both: tuple[Path, Path]) -> None:
+    folder, file = both
+    assert family.matches(file)
+    teacher = load(file)
+    same(teacher, load(folder))
+    assert teacher.describe()["single file"] == "sd1"
+    rebuilt = build(json.loads(json.dumps(teacher.config())))
+    rebuilt.net.load_state_dict(teacher.net.state_dict())
+    same(rebuilt, load(folder))
+    file.unlink()
+    gone = build(teacher.config())
+    with pytest.raises(BootError, match="is gone"):
+        gone.condition(["a shoe"])
+
+
+def test_a_file_of_something_else(both: tuple[Path, Path], tmp_path: Path) -> None:
+    _, file = both
+    other = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(2)}, other)
+    assert not family.matches(other)
+    with pytest.raises(BootError, match="holds no UNet"):
+        load(other)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(BootError, match="cannot be loaded"):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "name", "kind"),
+    [
+        ({}, "some", "sd1"),
+        ({single_file._V2: [320, 1024]}, "v2-1_768-ema-pruned", "sd2"),
+        ({single_file._V2: [320, 1024]}, "v2-1_512-ema-pruned", "sd2-base"),
+        ({single_file._XL: [1280]}, "some", "sdxl"),
+    ],
+)
+def test_the_kind_shows_in_the_tensors(shapes: dict[str, list[int]], name: str, kind: str) -> None:
+    first = {single_file._FIRST: [320, 4, 3, 3]}
+    assert single_file.kind_of(first | shapes, name) == kind
+    with pytest.raises(BootError, match="a UNet that reads 9 channels"):
+        single_file.kind_of({single_file._FIRST: [320, 9, 3, 3]}, name)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2-base", "sd2", "sdxl"])
+def test_the_bundled_configurations_make_networks(kind: str) -> None:
+    def config(part: str) -> dict[str, object]:
+        found: dict[str, object] = json.loads((single_file.CONFIGS / kind / part / "config.json").read_text())
+        return found
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config("unet"))
+        AutoencoderKL.from_config(config("vae"))
+    millions = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
+    assert round(millions) == {"sd1": 860, "sd2-base": 866, "sd2": 866, "sdxl": 2567}[kind]
+    encoders = ("text_encoder", "text_encoder_2") if kind == "sdxl" else ("text_encoder",)
+    widths = [CLIPTextConfig(**config(part)).hidden_size for part in encoders]
+    assert sum(widths) == unet.config.cross_attention_dim
+
+
+def test_the_tokenizer_is_clips() -> None:
+    texts = ["a photo of a cat", "It's 25°C, naïve café.", "THE  quick\tbrown fox's", "日本 🦊"]
+    reference = open_clip.get_tokenizer("ViT-B-32")(texts)
+    for pad in ("<|endoftext|>", "!"):
+        words = single_file.tokenizer(pad)
+        assert (len(words), words.bos_token_id, words.eos_token_id) == (49408, 49406, 49407)
+        found = words(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        for ours, theirs in zip(found, reference, strict=True):
+            end = int((theirs == 49407).nonzero()[0]) + 1
+            assert ours[:end].tolist() == theirs[:end].tolist()
+            assert set(ours[end:].tolist()) == {words.pad_token_id}
+    assert single_file.tokenizer("!").pad_token_id == 0
