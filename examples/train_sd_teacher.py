@@ -74,7 +74,7 @@ def make_unet() -> UNet2DConditionModel:
     """Cross-attention at both resolutions of the latents."""
     return UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(64, 128),
+        block_out_channels=(48, 96),
         layers_per_block=1,
         norm_num_groups=16,
         attention_head_dim=4,
