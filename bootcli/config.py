@@ -234,7 +234,7 @@ class DistillConfig:
     corrector: bool | None = None
     """Correct the student's samples too; None: with freeflow only."""
     prompts: str | None = None
-    """File with one prompt per line."""
+    """Where prompts come from (`bootcli.prompts`); None: those that come with bootcli."""
     negative_prompt: str | None = None
     classes: tuple[Count, ...] | None = None
     """Class labels to distil; None is all of them."""

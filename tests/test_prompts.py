@@ -14,7 +14,7 @@ from bootcli.prompts import Prompt, read_prompts, write_prompts
 
 def test_a_text_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_bytes("\ufeff# a comment\n  a fox \r\n\n\ta sign # 7\nein Fuß\tSchnee, Regen\na #1\n".encode())
+    file.write_bytes("\ufeff# a comment\n  a fox \r\n\n a sign # 7\nein Fuß\tSchnee, Regen\na #1\n".encode())
     assert read_prompts(str(file)) == [
         Prompt("a fox"),
         Prompt("a sign # 7"),
@@ -25,11 +25,10 @@ def test_a_text_file(tmp_path: Path) -> None:
 
 def test_json_lines_and_back(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
-    file.write_text(
-        '{"prompt": "a fox", "negative_prompt": "snow", "seed": 7}\n\n{"prompt": "# a ☃"}\n', encoding="utf-8"
-    )
+    lines = ['{"prompt": "a fox", "negative_prompt": ""}', "", r'{"prompt": "# a ☃\u2028b\u0085c"}', ""]
+    file.write_text("\n".join(lines), encoding="utf-8")
     found = read_prompts(str(file))
-    assert found == [Prompt("a fox", "snow", 7), Prompt("# a ☃")]
+    assert found == [Prompt("a fox", ""), Prompt("# a ☃\u2028b\u0085c")]
     write_prompts(tmp_path / "again.jsonl", found)
     assert read_prompts(str(tmp_path / "again.jsonl")) == found
 
@@ -40,7 +39,7 @@ def test_json_lines_and_back(tmp_path: Path) -> None:
         ("{", "line 2: "),
         ("[1]", "line 2 is no prompt"),
         ('{"prompt": 3}', "line 2 is no prompt"),
-        ('{"prompt": "a", "seed": true}', "line 2 is no prompt"),
+        ('{"prompt": "  "}', "line 2 is no prompt"),
         ('{"prompt": "a", "negative_prompt": 1}', "line 2 is no prompt"),
         ('{"prompt": "a", "wings": 2}', "line 2: unknown key 'wings'"),
         ("[" * 5000, "line 2: "),
@@ -53,14 +52,34 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None
         read_prompts(str(file))
 
 
-def test_a_pattern_and_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+
+
+def test_a_pattern(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("second")
     (tmp_path / "a.jsonl").write_text('{"prompt": "first"}')
     assert [prompt.text for prompt in read_prompts(str(tmp_path / "*"))] == ["first", "second"]
-    prompts._standard_input.cache_clear()
-    monkeypatch.setattr("sys.stdin", io.StringIO("a fox\n# not\na hare\tdogs\n"))
-    for _ in range(2):
-        assert read_prompts("-") == [Prompt("a fox"), Prompt("a hare", "dogs")]
+
+
+def test_standard_input_is_utf_8_in_either_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    standard_input(monkeypatch, "\ufeffein Fuß\r\n# not\na hare\tdogs\n".encode())
+    assert read_prompts("-") == [Prompt("ein Fuß"), Prompt("a hare", "dogs")]
+    standard_input(monkeypatch, b'\n{"prompt": "a fox"}\n')
+    assert read_prompts("-") == [Prompt("a fox")]
+    standard_input(monkeypatch, b"\xff")
+    with pytest.raises(UsageError, match="standard input"):
+        read_prompts("-")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="cannot share standard input"):
+        read_prompts("-")
+
+
+def test_a_negative_prompt_alone_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a fox\n\tblurry\n")
+    with pytest.raises(UsageError, match="line 2 has no prompt before the tab"):
+        read_prompts(str(file))
 
 
 @pytest.mark.parametrize(
@@ -79,5 +98,5 @@ def test_those_that_come_with_bootcli() -> None:
     found = read_prompts(None)
     assert len(found) == 200
     assert len({prompt.text for prompt in found}) == 200
-    assert not any(prompt.negative or prompt.seed for prompt in found)
+    assert not any(prompt.negative for prompt in found)
     assert prompts.DEFAULT.is_file()

@@ -57,12 +57,10 @@ def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite
         rundir.check_free(overwrite=overwrite)
     engine = Engine(config.device, config.mixed_precision)
     loaded = load(config.teacher)
-    work = set_up(loaded.teacher, config, engine, fresh=not resume)
-    prompts = read_prompts(config.prompts) if loaded.teacher.spec.conditioning == "text" and not resume else None
-    if prompts is not None:  # the run keeps them: their file may change, and standard input is gone
-        work = dataclasses.replace(
-            work, config=dataclasses.replace(work.config, prompts=str(rundir.prompts.absolute()))
-        )
+    prompts = None
+    if loaded.teacher.spec.conditioning == "text":  # kept with the run: their file may change, standard input is gone
+        prompts = read_prompts(str(rundir.prompts) if resume and rundir.prompts.is_file() else config.prompts)
+    work = set_up(loaded.teacher, config, engine, fresh=not resume, prompts=prompts)
     trainer = Trainer(work, work.config, engine)
     if resume:
         _restore(trainer, rundir)
@@ -71,7 +69,7 @@ def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite
         if resume:
             rundir.trim(trainer.step)
         rundir.create(work.config, keep=resume)
-        if prompts is not None:
+        if prompts is not None and not resume:
             with atomic_file(rundir.prompts) as temporary:
                 write_prompts(temporary, prompts)
     engine.wait()
@@ -79,6 +77,9 @@ def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite
     events = session.events()
     if engine.is_main:
         yield Started(run, session.facts(loaded.origin), trainer.step, config.steps)
+        if prompts and (long := loaded.teacher.too_long([prompt.text for prompt in prompts])):
+            text = f"{len(long)} of {len(prompts)} prompts are longer than the teacher reads, and are cut"
+            yield Warned(trainer.step, f"{text}, the first of them: {prompts[long[0]].text:.60}")
         yield from events
     else:  # the other processes compute, and say nothing
         for _ in events:
@@ -201,7 +202,6 @@ class _Session:
             raise BootError(f"The weights are not finite after step {self.trainer.step}: no student is written.", AGAIN)
         if self.trainer.step > first:
             yield self._checkpoint()
-        yield from self._preview()
         if self.config.watch.every:
             yield from self._score()
         best = self._watch.best
@@ -210,6 +210,7 @@ class _Session:
                 copy_file(self.rundir.best, self.rundir.student)
             else:
                 self._save(self.rundir.student)
+        yield from self._preview()  # last: pictures may fail
         seconds = time.perf_counter() - began
         yield Finished(self.rundir.path, self.rundir.student, self.trainer.step, seconds, ended_by, best)
 

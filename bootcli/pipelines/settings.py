@@ -59,7 +59,8 @@ def _whole_paths(config: DistillConfig) -> DistillConfig:
     """Paths are stored whole, so that the run can be used from anywhere."""
 
     def whole(path: str) -> str:
-        return str(Path(path).resolve()) if Path(path).exists() else path
+        regular = Path(path).is_file() or Path(path).is_dir()  # a pipe has no other name than the one it was given
+        return str(Path(path).resolve()) if regular else path
 
     teacher = registry.resolve(config.teacher)
     return dataclasses.replace(

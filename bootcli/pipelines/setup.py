@@ -25,7 +25,7 @@ from bootcli.objectives.corrector import Corrector
 from bootcli.objectives.freeflow import FreeFlow
 from bootcli.objectives.kd import KD
 from bootcli.objectives.refiner import Refiner
-from bootcli.prompts import read_prompts
+from bootcli.prompts import Prompt, read_prompts
 from bootcli.sampler import CondOf, prior_noise
 from bootcli.store.artifact import load_student
 from bootcli.student import Student
@@ -52,6 +52,8 @@ def teacher_view(teacher: Teacher, config: DistillConfig, engine: Engine) -> Tea
     teacher.use_clock(config.clock)
     if config.negative_prompt is not None and teacher.spec.conditioning != "text":
         raise UsageError(f"--negative-prompt: the teacher {config.teacher} takes no prompts.")
+    if config.guidance_scale == 1.0 and config.negative_prompt is not None:
+        raise UsageError("--negative-prompt: without guidance nothing leads away from it.", "Add --guidance-scale 7.5.")
     if config.guidance_scale == 1.0:
         return TeacherView(teacher)
     if teacher.spec.conditioning == "none":
@@ -60,18 +62,28 @@ def teacher_view(teacher: Teacher, config: DistillConfig, engine: Engine) -> Tea
     return TeacherView(teacher, config.guidance_scale, negative)
 
 
-def condition_pool(teacher: Teacher, config: DistillConfig) -> Cond:
-    """All conditions that the run distils. Raises `UsageError` for a flag that the teacher cannot honour."""
+def condition_pool(teacher: Teacher, config: DistillConfig, prompts: Sequence[Prompt] | None = None) -> Cond:
+    """All conditions that the run distils. Raises `UsageError` for a flag that the teacher cannot honour.
+
+    Args:
+        teacher: whose.
+        config: of the run.
+        prompts: of a text teacher; None: those that the configuration names.
+    """
+    _check_requests(teacher, config)
+    if teacher.spec.conditioning == "class":
+        return teacher.condition(list(config.classes or range(teacher.spec.num_classes)))
+    if teacher.spec.conditioning == "text":
+        return of_prompts(teacher, config, read_prompts(config.prompts) if prompts is None else prompts)
+    return Cond()
+
+
+def _check_requests(teacher: Teacher, config: DistillConfig) -> None:
     kind = teacher.spec.conditioning
     if config.prompts is not None and kind != "text":
         raise UsageError(f"--prompts: the teacher {config.teacher} takes no prompts.", "Leave it out.")
     if config.classes is not None and kind != "class":
         raise UsageError(f"--classes: the teacher {config.teacher} has no classes.", "Leave it out.")
-    if kind == "class":
-        return teacher.condition(list(config.classes or range(teacher.spec.num_classes)))
-    if kind == "text":
-        return _of_prompts(teacher, config)
-    return Cond()
 
 
 def condition_of(
@@ -81,17 +93,24 @@ def condition_of(
 
     Raises `UsageError` for a request that the teacher cannot honour, or a class that the run left out.
     """
-    pool = condition_pool(teacher, config)
-    if class_label is not None:
-        if teacher.spec.conditioning != "class":
-            raise UsageError(f"--class: the teacher {config.teacher} has no classes.", "Leave it out.")
-        if config.classes is not None and class_label not in config.classes:
-            raise UsageError(f"--class {class_label} was not distilled.", f"This run has: {list(config.classes)}")
-        pool = teacher.condition([class_label])
-    if prompt is not None:
-        if teacher.spec.conditioning != "text":
-            raise UsageError(f"--prompt: the teacher {config.teacher} takes no prompts.", "Leave it out.")
-        pool = teacher.condition([prompt])
+    _check_requests(teacher, config)
+    kind = teacher.spec.conditioning
+    if class_label is not None and kind != "class":
+        raise UsageError(f"--class: the teacher {config.teacher} has no classes.", "Leave it out.")
+    if class_label is not None and config.classes is not None and class_label not in config.classes:
+        raise UsageError(f"--class {class_label} was not distilled.", f"This run has: {list(config.classes)}")
+    if prompt is not None and kind != "text":
+        raise UsageError(f"--prompt: the teacher {config.teacher} takes no prompts.", "Leave it out.")
+    request = prompt if class_label is None else class_label
+    if request is None and kind == "text":  # only what is drawn is encoded
+        prompts = read_prompts(config.prompts)
+        return lambda seeds: of_prompts(teacher, config, [prompts[seed % len(prompts)] for seed in seeds])
+    pool = condition_pool(teacher, config) if request is None else teacher.condition([request])
+    return in_turn(pool)
+
+
+def in_turn(pool: Cond) -> CondOf:
+    """The conditions of a pool, one after the other, by the seed."""
     return lambda seeds: pool.rows(torch.tensor(list(seeds)) % len(pool))
 
 
@@ -101,18 +120,24 @@ def labels_of(teacher: Teacher, config: DistillConfig) -> Callable[[Sequence[int
     return lambda seeds: pool[torch.tensor(list(seeds)) % len(pool)]
 
 
-def _of_prompts(teacher: Teacher, config: DistillConfig) -> Cond:
-    """The run's prompts, with negative ones where they have any of their own."""
-    prompts = read_prompts(config.prompts)
+def of_prompts(teacher: Teacher, config: DistillConfig, prompts: Sequence[Prompt]) -> Cond:
+    """What prompts condition a text teacher on, with negative ones where any has its own."""
     cond = teacher.condition([prompt.text for prompt in prompts])
-    if config.guidance_scale == 1.0 or not any(prompt.negative for prompt in prompts):
+    if config.guidance_scale == 1.0 or all(prompt.negative is None for prompt in prompts):
         return cond
     wanted = [config.negative_prompt if prompt.negative is None else prompt.negative for prompt in prompts]
     places = {text: place for place, text in enumerate(dict.fromkeys(wanted))}  # most are the same: encoded once
     return Cond(cond.tensors, teacher.condition(list(places)).rows(torch.tensor([places[text] for text in wanted])))
 
 
-def set_up(teacher: Teacher, config: DistillConfig, engine: Engine, *, fresh: bool = True) -> Distillation:
+def set_up(
+    teacher: Teacher,
+    config: DistillConfig,
+    engine: Engine,
+    *,
+    fresh: bool = True,
+    prompts: Sequence[Prompt] | None = None,
+) -> Distillation:
     """Build a run. Raises `UsageError` for settings the teacher cannot honour.
 
     Args:
@@ -120,10 +145,11 @@ def set_up(teacher: Teacher, config: DistillConfig, engine: Engine, *, fresh: bo
         config: resolved.
         engine: where to.
         fresh: give the student its starting point; False where a checkpoint will replace it.
+        prompts: see `condition_pool`.
     """
     if config.watch.patience and not (config.watch.every and (config.watch.reference or teacher.feature_space())):
         raise UsageError("watch.patience counts scores.", "Set watch.every and watch.reference, or leave it out.")
-    pool = condition_pool(teacher, config)
+    pool = condition_pool(teacher, config, prompts)
     view = teacher_view(teacher, config, engine)
     t_max = start_time(teacher, config)
     head = teacher.head() if config.student.head == "auto" else config.student.head

@@ -1,10 +1,12 @@
 """The student artifact: one safetensors file that carries its weights, architecture and provenance.
 
-Sampling needs nothing else: the teacher's family rebuilds the network from the header, without the teacher's weights.
+Sampling needs no weights of the teacher's network: its family rebuilds the student's from the header. A text teacher's
+other parts (text encoder, autoencoder) stay where they were.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,4 +112,8 @@ def load_student(run: Path) -> Artifact:
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BootError(f"{path} does not describe a student: {error}.", "Make it again.") from error
     student = student.eval().requires_grad_(False).to(torch.device("cpu"))
-    return Artifact(student, config, family.name, step, path)
+    artifact = Artifact(student, config, family.name, step, path)
+    kept = RunDir(artifact.home).prompts
+    if not kept.is_file():
+        return artifact
+    return dataclasses.replace(artifact, config=dataclasses.replace(config, prompts=str(kept)))

@@ -101,7 +101,7 @@ class RunDir:
         made = (self.previews, self.checkpoints, self.student.parent, self.samples, self.evaluations, self.exports)
         for folder in made:
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.log_file, self.scores_file):
+        for file in (self.log_file, self.scores_file, self.prompts):
             file.unlink(missing_ok=True)
 
     def config(self) -> DistillConfig:

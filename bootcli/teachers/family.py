@@ -41,7 +41,8 @@ class TeacherFamily:
             from the folder.
         aliases: short names.
         hub_weights: which files hold the weights in a hub repository: alternatives, the best first, each a tuple of
-            patterns. The first that the repository has a file of is fetched, beside its ``*.json`` and card.
+            patterns. They are fetched in turn, beside its ``*.json`` and card, until ``complete``.
+        complete: whether a folder has all weights that ``load`` needs; None: any file of an alternative is all.
         hub_files: patterns of other files that ``load`` needs.
     """
 
@@ -54,3 +55,4 @@ class TeacherFamily:
     aliases: Mapping[str, Alias] = field(default_factory=dict)
     hub_weights: tuple[tuple[str, ...], ...] = ()
     hub_files: tuple[str, ...] = ()
+    complete: Callable[[Path], bool] | None = None

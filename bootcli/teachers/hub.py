@@ -35,7 +35,8 @@ def fetch(hub_id: str, families: Sequence[TeacherFamily]) -> tuple[TeacherFamily
     family = readers[0]
     for weights in family.hub_weights or ((),):
         folder = _download(hub_id, (*CARD, *family.hub_files, *weights))
-        if any(any(folder.glob(pattern)) for pattern in weights):
+        has_some = any(any(folder.glob(pattern)) for pattern in weights)
+        if has_some if family.complete is None else family.complete(folder):
             break
     return family, folder
 

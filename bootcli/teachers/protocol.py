@@ -170,6 +170,10 @@ class Teacher(ABC):
             raise UsageError("This teacher is unconditional: it takes no classes and no prompts.")
         return Cond()
 
+    def too_long(self, prompts: Sequence[str]) -> list[int]:
+        """Which prompts have more words than the teacher reads, and are cut."""
+        return []
+
     def decode(self, z: Tensor) -> Tensor:
         """Images (b, 1 or 3, H, W) in [-1, 1] from samples; the identity for pixel models."""
         return z

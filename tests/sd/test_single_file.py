@@ -13,7 +13,7 @@ import torch
 from bootcli_sd import family, single_file
 from bootcli_sd.teacher import SDTeacher, build, load
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
@@ -102,6 +102,7 @@ def both(make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         shutil.copy(folder / name, configs / "sd1" / name)
     shutil.copytree(folder / "scheduler", configs / "sd1" / "scheduler")
     monkeypatch.setattr(single_file, "CONFIGS", configs)
+    monkeypatch.setattr(single_file, "WIDTHS", {"sd1": 16, "sd2": 1024})
     monkeypatch.setattr(single_file, "tokenizer", lambda pad: tokenizer())
     return folder, file
 
@@ -145,19 +146,36 @@ def test_a_file_of_something_else(both: tuple[Path, Path], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("shapes", "name", "kind"),
+    ("width", "more", "metadata", "name", "kind"),
     [
-        ({}, "some", "sd1"),
-        ({single_file._V2: [320, 1024]}, "v2-1_768-ema-pruned", "sd2"),
-        ({single_file._V2: [320, 1024]}, "v2-1_512-ema-pruned", "sd2-base"),
-        ({single_file._XL: [1280]}, "some", "sdxl"),
+        (768, {}, {}, "some", "sd1"),
+        (768, {"v_pred": [0], "ztsnr": [0]}, {}, "some", "sd1:v:zero"),
+        (1024, {}, {}, "v2-1_768-ema-pruned", "sd2"),
+        (1024, {}, {}, "v2-1_512-ema-pruned", "sd2-base"),
+        (1024, {"v_pred": [0]}, {}, "a-512", "sd2"),
+        (1024, {single_file._XL: [1280]}, {}, "some", "sdxl"),
+        (1024, {single_file._XL: [1280]}, {"modelspec.prediction_type": "v"}, "some", "sdxl:v"),
     ],
 )
-def test_the_kind_shows_in_the_tensors(shapes: dict[str, list[int]], name: str, kind: str) -> None:
-    first = {single_file._FIRST: [320, 4, 3, 3]}
-    assert single_file.kind_of(first | shapes, name) == kind
+def test_the_kind_shows_in_the_tensors(
+    width: int, more: dict[str, list[int]], metadata: dict[str, str], name: str, kind: str
+) -> None:
+    shapes = {single_file._FIRST: [320, 4, 3, 3], single_file._ATTENTION: [320, width]}
+    assert single_file.kind_of(shapes | more, metadata, name) == kind
     with pytest.raises(BootError, match="a UNet that reads 9 channels"):
-        single_file.kind_of({single_file._FIRST: [320, 9, 3, 3]}, name)
+        single_file.kind_of(shapes | {single_file._FIRST: [320, 9, 3, 3]}, {}, name)
+    with pytest.raises(BootError, match="texts of width 2048"):
+        single_file.kind_of(shapes | {single_file._ATTENTION: [320, 2048]}, {}, name)
+
+
+def test_a_file_that_predicts_v(both: tuple[Path, Path], tmp_path: Path) -> None:
+    tensors = load_file(both[1]) | {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
+    file = tmp_path / "v.safetensors"
+    save_file(tensors, file)
+    teacher = load(file)
+    assert teacher.spec.prediction == "v"
+    assert teacher.spec.schedule.terminal_snr() < 1e-20
+    assert build(teacher.config()).spec == teacher.spec
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2-base", "sd2", "sdxl"])

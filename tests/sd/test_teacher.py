@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,16 @@ import torch
 from bootcli_sd import family
 from bootcli_sd.teacher import build, load
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file
 
+from bootcli.config import DistillConfig
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
+from bootcli.maths.guidance import guide
+from bootcli.maths.prediction import to_x0
+from bootcli.pipelines.setup import of_prompts
 from bootcli.plugin import check_teacher
+from bootcli.prompts import Prompt
 from bootcli.sampler import noises, teacher_images
 from bootcli.teachers.registry import resolve
 from bootcli.teachers.view import TeacherView
@@ -60,6 +67,7 @@ def test_its_samples_are_those_of_the_pipeline(make_folder: MakeFolder, xl: bool
         eta=0.0,
         output_type="np",
     ).images
+    assert (ours[0].float() - ours[1].float()).abs().max() > 3 * 255 * 0.01  # what is drawn depends on the prompt
     difference = (ours.float() / 255 - torch.from_numpy(theirs).permute(0, 3, 1, 2)).abs()
     assert difference.max() < 0.01
 
@@ -71,7 +79,7 @@ def test_prompts(make_folder: MakeFolder) -> None:
     assert empty.shape == (1, 24, 16)
     with pytest.raises(UsageError, match="no prompt"):
         teacher.condition([3])
-    assert teacher.text.truncated(["short", "x " * 30]) == [1]
+    assert teacher.too_long(["short", "x " * 30]) == [1]
     many = teacher.condition([f"number {i}" for i in range(40)]).tensors["text"]
     assert torch.allclose(many[33], teacher.condition(["number 33"]).tensors["text"][0], atol=1e-5)
 
@@ -83,15 +91,51 @@ def test_no_prompt_is_zeros_where_the_pipeline_says_so(make_folder: MakeFolder) 
         assert not tensor[1].any()
 
 
-@pytest.mark.parametrize("how", [{"variant": "fp16"}, {"safe_serialization": False}])
-def test_other_files_of_the_same_weights(make_folder: MakeFolder, how: dict[str, Any]) -> None:
+def as_pickles(folder: Path) -> None:
+    for file in list(folder.rglob("*.safetensors")):
+        stem = "pytorch_model" if file.parent.name.startswith("text_encoder") else file.stem
+        torch.save(load_file(file), file.with_name(f"{stem}.bin"))
+        file.unlink()
+
+
+def as_fp16(folder: Path) -> None:
+    for file in list(folder.rglob("*.safetensors")):
+        file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float16"}))
+
+
+@pytest.mark.parametrize("change", [as_pickles, as_fp16])
+def test_other_files_of_the_same_weights(make_folder: MakeFolder, change: Callable[[Path], None]) -> None:
     folder = make_folder()
-    expected = load(folder)
-    shutil.rmtree(folder)
-    again = load(make_folder(**how))
-    assert all(torch.equal(a, b) for a, b in zip(expected.net.parameters(), again.net.parameters(), strict=True))
-    z = torch.randn(1, 4, 8, 8)
-    assert torch.equal(again.decode(z), expected.vae.decode(z / 0.18215).sample if expected._vae else again.decode(z))
+    before, z = load(folder), torch.randn(6, 4, 8, 8)
+    expected = before.condition(["a shoe"]).tensors["text"], before.decode(z)
+    change(folder)
+    again = load(folder)
+    assert all(torch.equal(a, b) for a, b in zip(before.net.parameters(), again.net.parameters(), strict=True))
+    text = again.condition(["a shoe"]).tensors["text"]
+    assert text.dtype == torch.float32
+    assert torch.equal(text, expected[0])
+    assert torch.allclose(again.decode(z), expected[1], atol=1e-5)
+
+
+def test_each_prompt_has_its_own_negative(make_folder: MakeFolder) -> None:
+    teacher = load(make_folder())
+    config = DistillConfig(guidance_scale=3.0, negative_prompt="grey")
+    cond = of_prompts(teacher, config, [Prompt("a shoe"), Prompt("a coat", "red"), Prompt("a hat", "")])
+    negative = teacher.condition(["grey", "red", ""])
+    assert cond.negative is not None
+    assert torch.allclose(cond.negative.tensors["text"], negative.tensors["text"], atol=1e-5)
+    x, t = torch.randn(3, 4, 8, 8), torch.full((3,), 0.6, dtype=torch.float64)
+    guided = TeacherView(teacher, 3.0, teacher.condition(["not this"])).x0(x, t, cond)
+    with torch.no_grad():
+        each = [teacher.predict(teacher.net, x, t, which) for which in (cond, negative)]
+    expected = to_x0("eps", guide(*each, 3.0), x, teacher.spec.schedule(t))
+    assert torch.allclose(guided, expected, atol=1e-4)
+    shuffled = cond.rows(torch.tensor([2, 0])).to(torch.device("cpu"))
+    assert shuffled.negative is not None
+    assert torch.equal(shuffled.negative.tensors["text"], cond.negative.tensors["text"][[2, 0]])
+    assert of_prompts(teacher, DistillConfig(), [Prompt("a shoe", "red")]).negative is None
 
 
 def test_a_student_needs_its_teachers_other_parts(make_folder: MakeFolder) -> None:
@@ -112,6 +156,7 @@ def test_a_student_needs_its_teachers_other_parts(make_folder: MakeFolder) -> No
     [
         ("unet/config.json", {"_class_name": "UNet2DModel"}, "holds a network of class 'UNet2DModel'"),
         ("unet/config.json", {"in_channels": 9}, "cannot be loaded"),
+        ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "an autoencoder of class 'AutoencoderTiny'"),
         ("vae/config.json", {"latent_channels": 16}, "its autoencoder knows 16"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "wild"}, "scheduler"),
         ("model_index.json", {"controlnet": ["diffusers", "ControlNetModel"]}, "does not run: controlnet"),
@@ -158,5 +203,13 @@ def test_export_is_a_pipeline_of_diffusers(make_folder: MakeFolder, tmp_path: Pa
         exported = export(tmp_path / f"run{xl}", format="diffusers")
         assert exported.max_abs_difference < 1e-4
         card = (exported.output / "README.md").read_text()
+        pipeline = CLASSES[xl].from_pretrained(exported.output)
+        pipeline.set_progress_bar_config(disable=True)
+        once = {"num_inference_steps": 1, "guidance_scale": 1, "output_type": "np"}
+        red, green = (
+            pipeline(text, **once, generator=torch.manual_seed(0)).images for text in ("a red shoe", "a green coat")
+        )
+        assert red.shape == (1, 16, 16, 3)
+        assert abs(red - green).max() > 0
         assert "guidance_scale=1" in card
         shutil.rmtree(folder)
