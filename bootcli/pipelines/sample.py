@@ -17,7 +17,7 @@ from bootcli.config import Device
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.images import enlarge, grid, save_png
-from bootcli.pipelines.setup import condition_of, refinement_starts, teacher_view
+from bootcli.pipelines.setup import condition_of, refinement_starts, request_of, teacher_view
 from bootcli.sampler import reference_calls, student_images, teacher_images
 from bootcli.store.artifact import Artifact, load_student
 from bootcli.store.files import check_free
@@ -107,11 +107,12 @@ def sample(
 
 @dataclass(frozen=True)
 class _Drawing:
-    """Images still to be drawn, as uint8 batches, and how."""
+    """Images still to be drawn, as uint8 batches, how, and what each seed is asked for."""
 
     batches: Iterator[Tensor]
     nfe: int
     source: str
+    request: Callable[[int], dict[str, str]]
 
 
 def _draw(
@@ -129,13 +130,15 @@ def _draw(
         student = artifact.student.to(engine.device)
         cond_of = condition_of(student.teacher, config, class_label, prompt)
         starts = refinement_starts(student.teacher, config, nfe)
-        return _Drawing(student_images(student, cond_of, seeds, batch_size, engine, starts), nfe, "student")
+        request = request_of(student.teacher, config, class_label, prompt)
+        return _Drawing(student_images(student, cond_of, seeds, batch_size, engine, starts), nfe, "student", request)
     teacher = load(config.teacher).teacher
     cond_of = condition_of(teacher, config, class_label, prompt)
     view = teacher_view(teacher, config, engine)
     batches = teacher_images(view, teacher_steps, cond_of, seeds, batch_size, engine)
     source = f"teacher, {teacher_steps} step{'s' if teacher_steps > 1 else ''}"
-    return _Drawing(batches, reference_calls(view, teacher_steps), source)
+    request = request_of(teacher, config, class_label, prompt)
+    return _Drawing(batches, reference_calls(view, teacher_steps), source, request)
 
 
 def _write(drawing: _Drawing, folder: Path, seeds: range, progress: Callable[[int, int], None] | None) -> Sampled:
@@ -147,7 +150,7 @@ def _write(drawing: _Drawing, folder: Path, seeds: range, progress: Callable[[in
         for image in batch:
             seed = seeds[len(files)]
             files.append(folder / f"{seed:06d}.png")
-            save_png(image, files[-1], {**_facts(drawing), "seed": str(seed)})
+            save_png(image, files[-1], {**_facts(drawing), "seed": str(seed), **drawing.request(seed)})
             if len(tiles) < _room(image):
                 tiles.append(image)
         if progress is not None:

@@ -109,6 +109,19 @@ def condition_of(
     return in_turn(pool)
 
 
+def request_of(
+    teacher: Teacher, config: DistillConfig, class_label: int | None = None, prompt: str | None = None
+) -> Callable[[int], dict[str, str]]:
+    """What the image of a seed was asked for, in words; as `condition_of` conditions it."""
+    if teacher.spec.conditioning == "class":
+        labels = [class_label] if class_label is not None else list(config.classes or range(teacher.spec.num_classes))
+        return lambda seed: {"class": str(labels[seed % len(labels)])}
+    if teacher.spec.conditioning == "text":
+        texts = [prompt] if prompt is not None else [each.text for each in read_prompts(config.prompts)]
+        return lambda seed: {"prompt": texts[seed % len(texts)]}
+    return lambda seed: {}
+
+
 def in_turn(pool: Cond) -> CondOf:
     """The conditions of a pool, one after the other, by the seed."""
     return lambda seeds: pool.rows(torch.tensor(list(seeds)) % len(pool))

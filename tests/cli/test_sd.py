@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -61,11 +62,19 @@ def test_prompts_in_images_out(cli: Cli, tiny_sd: Path, tmp_path: Path) -> None:
     prompts.unlink()
     done = cli("sample", "run", "-n", "2", "--prompt", "a brown hat", "--output", "images")
     assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "images" / "000001.png") as image:
+        assert image.text["prompt"] == "a brown hat"  # type: ignore[attr-defined]
+        assert image.text["seed"] == "1"  # type: ignore[attr-defined]
     done = cli("distill", "--resume", "--output", "run", "--steps", "3")
     assert done.returncode == 0, done.stderr
     (tmp_path / "run").rename(tmp_path / "moved")
     done = cli("sample", "moved", "-n", "3", "--output", "more")
     assert done.returncode == 0, done.stderr
+    told = []
+    for name in ("000000", "000001", "000002"):
+        with Image.open(tmp_path / "more" / f"{name}.png") as image:
+            told.append(image.text["prompt"])  # type: ignore[attr-defined]
+    assert told == ["a red shoe", "a green coat", "a red shoe"]
     done = cli("export", "moved", "--format", "diffusers")
     assert done.returncode == 0, done.stderr
 
