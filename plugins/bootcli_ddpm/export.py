@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, UNet2DModel
 from huggingface_hub import ModelCardData
 from torch import nn
 
@@ -69,16 +69,8 @@ def write_diffusers(teacher: Teacher, net: nn.Module, head: Head, folder: Path) 
     """
     if not isinstance(teacher, DDPMTeacher) or not isinstance(net, UNet2DModel):
         raise BootError("Only a student of a DDPM teacher can be written as a diffusers DDIMPipeline.")
-    scheduler = teacher.process.config | {
-        "timestep_spacing": "trailing",
-        "set_alpha_to_one": True,
-        "steps_offset": 0,
-        "clip_sample": False,
-        "thresholding": False,
-    }
-    if head == "x0":
-        scheduler["prediction_type"] = "sample"
-    DDIMPipeline(net, DDIMScheduler(**scheduler)).save_pretrained(folder, safe_serialization=True)
+    scheduler = teacher.process.one_step(predicts_sample=head == "x0")
+    DDIMPipeline(net, scheduler).save_pretrained(folder, safe_serialization=True)
     (folder / "README.md").write_text(_model_card(teacher), encoding="utf-8")
 
 

@@ -42,6 +42,22 @@ class Process:
     prediction: PredictionType
     threshold: Threshold
 
+    def one_step(self, *, predicts_sample: bool) -> DDIMScheduler:
+        """A scheduler whose one step is a student's head: the last timestep, down to clean data, unclipped on the way.
+
+        Args:
+            predicts_sample: whether the network's output is the sample, and not what the teacher predicts.
+        """
+        config = self.config | {
+            "timestep_spacing": "trailing",
+            "set_alpha_to_one": True,
+            "clip_sample": False,
+            "thresholding": False,
+        }
+        if predicts_sample:
+            config["prediction_type"] = "sample"
+        return DDIMScheduler(**config)
+
     @property
     def summary(self) -> str:
         """One line for people: "linear betas, 1000 timesteps"."""

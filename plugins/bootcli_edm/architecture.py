@@ -37,17 +37,22 @@ class _Arguments(BaseModel):
 _Kind = TypeVar("_Kind", bound=_Arguments)
 
 
-class SongArguments(_Arguments):
-    """See `SongUNet`; ``label_dropout`` of the labels were left out in training: above 0, zeros mean "any class"."""
+class _UNet(_Arguments):
+    """What both networks are given; ``label_dropout`` of the labels were left out: above 0, zeros mean "any class"."""
 
     augment_dim: Width = 0
-    model_channels: Channels = 128
-    channel_mult: Levels = [1, 2, 2, 2]
     channel_mult_emb: Few = 4
-    num_blocks: Few = 4
-    attn_resolutions: Sides = [16]
     dropout: Share = 0.1
     label_dropout: Share = 0.0
+
+
+class SongArguments(_UNet):
+    """See `SongUNet`."""
+
+    model_channels: Channels = 128
+    channel_mult: Levels = [1, 2, 2, 2]
+    num_blocks: Few = 4
+    attn_resolutions: Sides = [16]
     embedding_type: Literal["positional", "fourier"] = "positional"
     channel_mult_noise: Few = 1
     encoder_type: Literal["standard", "skip", "residual"] = "standard"
@@ -55,17 +60,13 @@ class SongArguments(_Arguments):
     resample_filter: Taps = [1, 1]
 
 
-class DhariwalArguments(_Arguments):
-    """See `DhariwalUNet`; ``label_dropout`` as there."""
+class DhariwalArguments(_UNet):
+    """See `DhariwalUNet`."""
 
-    augment_dim: Width = 0
     model_channels: Channels = 192
     channel_mult: Levels = [1, 2, 3, 4]
-    channel_mult_emb: Few = 4
     num_blocks: Few = 3
     attn_resolutions: Sides = [32, 16, 8]
-    dropout: Share = 0.1
-    label_dropout: Share = 0.0
     adaptive_scale: bool = True
 
 

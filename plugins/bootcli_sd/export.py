@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCardData
 from torch import nn
 
@@ -40,16 +40,8 @@ def write_diffusers(teacher: Teacher, net: nn.Module, head: Head, folder: Path) 
     """
     if not isinstance(teacher, SDTeacher) or not isinstance(net, UNet2DConditionModel):
         raise BootError("Only a student of a Stable Diffusion teacher can be written as a diffusers pipeline.")
-    scheduler = teacher.process.config | {
-        "timestep_spacing": "trailing",
-        "set_alpha_to_one": True,
-        "steps_offset": 1,
-        "clip_sample": False,
-        "thresholding": False,
-    }
-    if head == "x0":
-        scheduler["prediction_type"] = "sample"
-    parts: dict[str, Any] = {"unet": net, "vae": teacher.vae, "scheduler": DDIMScheduler(**scheduler)}
+    scheduler = teacher.process.one_step(predicts_sample=head == "x0")
+    parts: dict[str, Any] = {"unet": net, "vae": teacher.vae, "scheduler": scheduler}
     for name, (encoder, tokenizer) in zip(("", "_2"), teacher.text.pairs, strict=False):
         parts |= {f"text_encoder{name}": encoder, f"tokenizer{name}": tokenizer}
     if "text_encoder_2" in parts:

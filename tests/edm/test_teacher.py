@@ -22,6 +22,7 @@ from torch import Tensor
 from bootcli.errors import BootError, UsageError
 from bootcli.plugin import VarianceExploding, check_teacher
 from bootcli.teachers.view import TeacherView
+from tests.original_names import RESNET
 
 from .conftest import ADM, SONG, MakePickle
 
@@ -219,14 +220,6 @@ ADM_BLOCKS: dict[str, Any] = {
     "downsample_type": "resnet",
     "upsample_type": "resnet",
     "attn_norm_num_groups": 32,
-}
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
 }
 AROUND = {
     "time_embedding.linear_1": "time_embed.0",

@@ -18,17 +18,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from bootcli.errors import BootError
+from tests.original_names import RESNET
 
 from .conftest import MakeFolder, tokenizer
 
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 UNET = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
