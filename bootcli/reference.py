@@ -37,7 +37,7 @@ class Reference:
         floor: the distance of other real images to these, by their number; empty where unknown.
         features: of at most `MOST_ROWS` of the reference images, (n, d) on the CPU; None where only their statistics
             are known.
-        classes_of: (b, d) features -> (b, num_classes) logits of the teacher's classes; None where unknown.
+        classes_of, words: of the teacher's `FeatureSpace`, where the features are those.
     """
 
     feature_space: str
@@ -47,6 +47,7 @@ class Reference:
     floor: Mapping[int, float] = field(default_factory=dict)
     features: Tensor | None = None
     classes_of: Callable[[Tensor], Tensor] | None = None
+    words: tuple[str, ...] = ()
 
 
 def reference_for(
@@ -71,7 +72,7 @@ def reference_for(
         if with_features:
             _need_features(rows, "This teacher's own reference")
         network = own.network.eval().to(device)
-        return Reference(own.name, network, statistics, own.source, own.floor, rows, own.classes_of)
+        return Reference(own.name, network, statistics, own.source, own.floor, rows, own.classes_of, own.words)
     prefix, _, rest = reference.partition(":")
     inception = prefix in INCEPTION
     path = Path(rest if inception else reference).expanduser()
@@ -88,8 +89,8 @@ def reference_for(
         images = folder_images(path, None if inception else _image_shape(teacher, device))
         features = features_of(images, network, device)
         known = gaussian_fit(features), some_rows(features, MOST_ROWS)
-    classes_of = None if inception or own is None else own.classes_of
-    return Reference(space, network, known[0], str(path), features=known[1], classes_of=classes_of)
+    classes_of, words = (None, ()) if inception or own is None else (own.classes_of, own.words)
+    return Reference(space, network, known[0], str(path), features=known[1], classes_of=classes_of, words=words)
 
 
 def _need_features(features: Tensor | None, source: str) -> None:

@@ -205,7 +205,8 @@ def teacher_cells(bench: Bench, steps: Sequence[int], only: str) -> None:
     cond_of = condition_of(teacher, config)
     seeds = range(bench.num_images)
 
-    has_classes = reference.classes_of is not None and teacher.spec.conditioning == "class"
+    classes = teacher.spec.conditioning == "class" or bool(reference.words)
+    has_classes = reference.classes_of is not None and classes
 
     def score(batches: Iterator[Tensor], nfe: int) -> dict[str, object]:
         features = features_of(batches, reference.network, engine.device)
@@ -213,7 +214,9 @@ def teacher_cells(bench: Bench, steps: Sequence[int], only: str) -> None:
         fid = frechet(gaussian_fit(features), reference.statistics)
         row = {"nfe": nfe, "fid": fid, "precision": quality.precision, "recall": quality.recall}
         if has_classes:
-            row["accuracy"] = accuracy(features, reference, labels_of(teacher, config)(seeds), engine.device)
+            row["accuracy"] = accuracy(
+                features, reference, labels_of(teacher, config, reference.words)(seeds), engine.device
+            )
         return row
 
     for n in steps:
@@ -283,7 +286,9 @@ def trained(bench: Bench, run: Path, settings: dict[str, object], seed: int) -> 
     *_, finished = distill(config, run, resume=resume, overwrite=not resume)
     assert isinstance(finished, Finished)
     nfes = NFES if config.refiner.share else NFES[:1]
-    classes = load(bench.teacher).teacher.spec.conditioning == "class"
+    teacher = load(bench.teacher).teacher
+    space = teacher.feature_space()
+    classes = teacher.spec.conditioning == "class" or (space is not None and bool(space.words))
     metrics = ("fid", "pr", "accuracy") if classes else ("fid", "pr")
     result: dict[str, Any] = evaluate(
         run, metrics=metrics, num_images=bench.num_images, nfe=nfes, batch_size=250, device=bench.device

@@ -1,6 +1,7 @@
-"""Train the feature network of the `fashion` teacher and store its reference statistics.
+"""Train the feature network of a fashion teacher and store its reference statistics.
 
     python examples/train_fashion_features.py --output bootcli/teachers/features/fashion-cnn-64
+    python examples/train_fashion_features.py --captioned --epochs 5 --output plugins/bootcli_sd/fashion/features
 
 The training images' statistics become the Frechet reference; the 10,000 test images, which neither the teacher nor this
 network trained on, give the floor: the distance that a perfect model would still show.
@@ -13,6 +14,9 @@ feature network trained on them too, but that does not show: test images score w
     python examples/train_fashion_features.py --output FOLDER --manifold-only
 
 writes these features alone, for the network that is in the folder.
+
+The second command is for `fashion-sd`: coloured pieces of clothing before a background (`captioned_fashion.py`), of
+which there are two for each of Fashion-MNIST.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fashion_data import DEFAULT_DATA, load_fashion
+from captioned_fashion import NAMES, SIDE, draw
+from fashion_data import CLASSES, DEFAULT_DATA, Split, load_fashion, read_idx
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,11 +46,20 @@ from bootcli.teachers.feature_folder import (
 )
 
 ARCHITECTURE: dict[str, object] = {"channels": [32, 64, 64], "features": 64, "classes": 10, "size": 16}
+CAPTIONED = ARCHITECTURE | {"size": SIDE, "colours": 3}
+
+
+def load_captioned(folder: Path, split: Split, copies: int) -> tuple[Tensor, Tensor]:
+    """Coloured pieces, uint8 (n, 3, 32, 32), and their classes (n,): ``copies`` of each, coloured and placed anew."""
+    pieces = read_idx(folder / f"{split}-images-idx3-ubyte.gz")[:, None].repeat(copies, 1, 1, 1)
+    classes = read_idx(folder / f"{split}-labels-idx1-ubyte.gz").long().repeat(copies)
+    seed = {"train": 0, "t10k": 1}[split]
+    return draw(pieces, classes, torch.Generator().manual_seed(seed)).images, classes
 
 
 @torch.no_grad()
 def extract(network: FeatureNetwork, images: Tensor, batch_size: int = 1000) -> Tensor:
-    """Features (n, d) in float64 of uint8 images (n, 1, 16, 16)."""
+    """Features (n, d) in float64 of uint8 images (n, c, h, w)."""
     return torch.cat([network(batch.float()) for batch in images.split(batch_size)]).double()
 
 
@@ -66,7 +80,10 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
 
 
 def shift(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Translate every image (b, 1, 16, 16) by its own -1, 0 or 1 pixel per axis, filling with the black background."""
+    """Translate every image (b, 1, 16, 16) by its own -1, 0 or 1 pixel per axis, filling with the black background;
+    coloured ones are at places of their own already."""
+    if images.shape[1] > 1:
+        return images
     b, _, h, w = images.shape
     padded = F.pad(images, (1, 1, 1, 1))
     dy, dx = torch.randint(0, 3, (2, b, 1, 1), generator=generator)
@@ -76,13 +93,13 @@ def shift(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def accuracy(network: FeatureNetwork, images: Tensor, labels: Tensor) -> float:
-    """Fraction of uint8 images (n, 1, 16, 16) classified as their labels (n,)."""
+    """Fraction of uint8 images (n, c, h, w) classified as their labels (n,)."""
     predicted = torch.cat([network.logits(batch.float()).argmax(1) for batch in images.split(1000)])
     return float((predicted == labels).double().mean())
 
 
 def write_manifold(folder: Path, network: FeatureNetwork, images: Tensor, test_images: Tensor) -> None:
-    """Keep features of `MOST_ROWS` of the training images (n, 1, 16, 16) and print how other real images score."""
+    """Keep features of `MOST_ROWS` of the training images (n, c, h, w) and print how other real images score."""
     features = extract(network, images)
     save_manifold(folder, some_rows(features, MOST_ROWS))
     (folder / MANIFOLD).chmod(0o644)  # safetensors writes 0600
@@ -102,6 +119,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of the one-cycle schedule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--captioned", action="store_true", help="coloured pieces, for fashion-sd")
     parser.add_argument("--manifold-only", action="store_true", help=f"only write {MANIFOLD}, for the network there")
     return parser.parse_args()
 
@@ -112,13 +130,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    images, labels = load_fashion(args.data, "train")
-    test_images, test_labels = load_fashion(args.data, "t10k")
+    images, labels = load_captioned(args.data, "train", 2) if args.captioned else load_fashion(args.data, "train")
+    test_images, test_labels = (
+        load_captioned(args.data, "t10k", 1) if args.captioned else load_fashion(args.data, "t10k")
+    )
+    architecture = CAPTIONED if args.captioned else ARCHITECTURE
     if args.manifold_only:
         write_manifold(args.output, load_feature_network(args.output), images, test_images)
         return
 
-    network = FeatureNetwork(**ARCHITECTURE)  # type: ignore[arg-type]
+    network = FeatureNetwork(**architecture)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=1e-2)
     per_epoch = len(images) // args.batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * per_epoch)
@@ -129,7 +150,9 @@ def main() -> None:
         total = 0.0
         for index in order.split(args.batch_size):
             batch = shift(images[index].float(), generator)
-            loss = F.cross_entropy(network.logits(batch), labels[index], label_smoothing=0.05)
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.captioned):
+                logits = network.logits(batch)
+            loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=0.05)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -147,15 +170,19 @@ def main() -> None:
     save_file(network.state_dict(), args.output / WEIGHTS)
     save_file({"mean": mean, "cov": cov}, args.output / REFERENCE)
     config = {
-        "name": "fashion-cnn-64",
-        "architecture": ARCHITECTURE,
+        "name": "fashion-colour-cnn-64" if args.captioned else "fashion-cnn-64",
+        "architecture": architecture,
         "parameters": sum(p.numel() for p in network.parameters()),
         "test_accuracy": accuracy(network, test_images, test_labels),
-        "source": f"the {len(images):,} training images of Fashion-MNIST at 16x16",
+        "source": f"the {len(images):,} training images of Fashion-MNIST at 16x16"
+        if not args.captioned
+        else f"{len(images):,} coloured training images of Fashion-MNIST at {SIDE}x{SIDE}",
         "reference_images": len(images),
         "floor": floor,  # distance of the first n test images to the reference
         "sha256": sha256(args.output / WEIGHTS),
     }
+    if args.captioned:
+        config["words"] = [NAMES[name] for name in CLASSES]
     scratch = args.output / f".{CONFIG}"
     scratch.write_text(json.dumps(config, indent=2) + "\n")
     scratch.replace(args.output / CONFIG)

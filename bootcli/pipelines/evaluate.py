@@ -160,7 +160,8 @@ def _manifold(reference: Reference, num_images: int) -> Manifold:
 
 def _labels(teacher: Teacher, config: DistillConfig, reference: Reference) -> Callable[[Sequence[int]], Tensor]:
     """The class of each seed's image. Raises `UsageError` where there are none, or nothing tells them."""
-    if teacher.spec.conditioning != "class":
+    kind = teacher.spec.conditioning
+    if kind == "none" or (kind == "text" and not reference.words):
         raise UsageError(f"--metric accuracy: the teacher {config.teacher} has no classes.", "Leave this metric out.")
     if reference.classes_of is None:
         raise UsageError(
@@ -170,13 +171,13 @@ def _labels(teacher: Teacher, config: DistillConfig, reference: Reference) -> Ca
     with torch.no_grad():
         device = next(teacher.net.parameters()).device
         told = reference.classes_of(torch.zeros(1, len(reference.statistics.mean), device=device)).shape[1]
-    if told != teacher.spec.num_classes:
+    has = len(reference.words) if kind == "text" else teacher.spec.num_classes
+    if told != has:
         raise UsageError(
-            f"--metric accuracy: {reference.feature_space} tells {told} classes, the teacher has "
-            f"{teacher.spec.num_classes}.",
+            f"--metric accuracy: {reference.feature_space} tells {told} classes, the teacher has {has}.",
             "Leave this metric out.",
         )
-    return labels_of(teacher, config)
+    return labels_of(teacher, config, reference.words)
 
 
 def _path_start(view: TeacherView, config: DistillConfig) -> float:

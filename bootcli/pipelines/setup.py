@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,10 +128,26 @@ def in_turn(pool: Cond) -> CondOf:
     return lambda seeds: pool.rows(torch.tensor(list(seeds)) % len(pool))
 
 
-def labels_of(teacher: Teacher, config: DistillConfig) -> Callable[[Sequence[int]], Tensor]:
-    """The class labels of images by their seeds, (b,), as `condition_of` conditions them."""
+def labels_of(teacher: Teacher, config: DistillConfig, words: Sequence[str] = ()) -> Callable[[Sequence[int]], Tensor]:
+    """The class labels of images by their seeds, (b,), as `condition_of` conditions them.
+
+    Args:
+        teacher, config: of the run.
+        words: what the prompts of a text teacher call the classes; one that names none of them, or two, is no class:
+            -1.
+    """
+    if teacher.spec.conditioning == "text":
+        asked = request_of(teacher, config)
+        return lambda seeds: torch.tensor([class_in(asked(seed)["prompt"], words) for seed in seeds])
     pool = torch.tensor(list(config.classes or range(teacher.spec.num_classes)))
     return lambda seeds: pool[torch.tensor(list(seeds)) % len(pool)]
+
+
+def class_in(prompt: str, words: Sequence[str]) -> int:
+    """The one class that a prompt names; the longest word wins where one lies within another ("t-shirt")."""
+    longest = sorted(words, key=len, reverse=True)
+    named = set(re.findall(rf"(?<!\w)({'|'.join(map(re.escape, longest))})(?!\w)", prompt.lower()))
+    return words.index(named.pop()) if len(named) == 1 else -1
 
 
 def of_prompts(teacher: Teacher, config: DistillConfig, prompts: Sequence[Prompt]) -> Cond:

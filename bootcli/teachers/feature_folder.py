@@ -41,21 +41,27 @@ class FeatureNetwork(nn.Module):
         features: width of the embedding.
         classes: number of classes of the training labels.
         size: side of the square input images, in pixels.
+        colours: channels of the input images.
     """
 
     def __init__(
-        self, channels: Sequence[int] = (32, 64, 64), features: int = 64, classes: int = 10, size: int = 16
+        self,
+        channels: Sequence[int] = (32, 64, 64),
+        features: int = 64,
+        classes: int = 10,
+        size: int = 16,
+        colours: int = 1,
     ) -> None:
         super().__init__()
         self.size = size
-        widths = (1, *channels)
+        widths = (colours, *channels)
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths))
         self.dropout = nn.Dropout(0.3)
         self.embed = nn.Linear(channels[-1] * (size >> len(channels)) ** 2, features)
         self.classify = nn.Linear(features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (b, features) of float images (b, 1, size, size), levels 0..255 (clean-fid's convention)."""
+        """Features (b, features) of float images (b, colours, size, size), levels 0..255 (clean-fid's convention)."""
         x = images / 127.5 - 1
         for conv in self.convs:
             x = F.max_pool2d(F.relu(conv(x)), 2)
@@ -63,7 +69,7 @@ class FeatureNetwork(nn.Module):
         return features
 
     def logits(self, images: Tensor) -> Tensor:
-        """Class logits (b, classes) of float images (b, 1, size, size) with levels in [0, 255]."""
+        """Class logits (b, classes) of float images (b, colours, size, size) with levels in [0, 255]."""
         return self.classes_of(self(images))
 
     def classes_of(self, features: Tensor) -> Tensor:
@@ -137,6 +143,7 @@ def load_feature_space(folder: Path) -> FeatureSpace:
             floor={int(images): float(distance) for images, distance in config.get("floor", {}).items()},
             features=load_manifold(folder),
             classes_of=network.classes_of,
+            words=tuple(str(word) for word in config.get("words", ())),
         )
     except (OSError, SafetensorError, RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise BootError(

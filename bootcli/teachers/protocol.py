@@ -92,6 +92,7 @@ class FeatureSpace:
             Precision and recall need them, and take at most 10,000.
         classes_of: (b, d) features -> (b, num_classes) logits, where the network is a classifier of the teacher's
             classes; None: it is none, and the accuracy of samples is not known.
+        words: what a prompt calls each of these classes, where the teacher reads prompts.
     """
 
     name: str
@@ -103,6 +104,7 @@ class FeatureSpace:
     floor: Mapping[int, float] = field(default_factory=dict)
     features: Tensor | None = None
     classes_of: Callable[[Tensor], Tensor] | None = None
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

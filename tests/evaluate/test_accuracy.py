@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from bootcli.errors import UsageError
+from bootcli.evaluate import Statistics
 from bootcli.pipelines import evaluate as pipeline
+from bootcli.pipelines.bench import accuracy
+from bootcli.pipelines.setup import class_in
 from bootcli.plugin import FeatureSpace, Teacher
+from bootcli.reference import Reference
 from bootcli.teachers.registry import Loaded
 
 from .conftest import DIM
@@ -72,3 +77,31 @@ def test_without_classes_there_is_no_accuracy(
     monkeypatch.setattr(pipeline, "load", lambda name: loaded)
     with pytest.raises(UsageError, match="has no classes"):
         pipeline.evaluate(tiny_run, metrics=["accuracy"], num_images=4, device="cpu")
+
+
+WORDS = ("t-shirt", "shirt", "ankle boot", "bag")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "label"),
+    [
+        ("a photo of a shirt", 1),
+        ("A red T-shirt on the left", 0),
+        ("a brown ankle boot, black background", 2),
+        ("a shirt and a bag", -1),
+        ("two bags", -1),
+        ("a red fox in snow", -1),
+        ("a bag, a blue bag", 3),
+    ],
+)
+def test_a_prompt_names_its_class(prompt: str, label: int) -> None:
+    assert class_in(prompt, WORDS) == label
+
+
+def test_prompts_without_a_class_do_not_count() -> None:
+    features, cpu = torch.zeros(4, DIM), torch.device("cpu")
+    statistics = Statistics(np.zeros(DIM), np.eye(DIM), 100)
+    reference = Reference("pixels", FirstPixel(), statistics, "made up", classes_of=classifier_of(1).classes_of)
+    assert accuracy(features, reference, torch.tensor([1, -1, 2, 1]), cpu) == pytest.approx(2 / 3)
+    with pytest.raises(UsageError, match="no prompt names one class"):
+        accuracy(features, reference, torch.tensor([-1, -1, -1, -1]), cpu)
