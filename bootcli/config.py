@@ -41,8 +41,8 @@ class StudentConfig:
     """Output parameterisation; auto is the teacher's own advice."""
     max_gain: Annotated[float, Ge(1)] = 20.0
     """Largest 1 / alpha at which an eps teacher is asked; sets t_max."""
-    start_t: Fraction = 0.5
-    """Time of the teacher whose features an x0 head starts with."""
+    start_t: Fraction | None = None
+    """Time of the teacher whose features the student starts with; None is 0.5 for an x0 head, else 1: its own."""
     t_min: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Target time of a sample."""
 

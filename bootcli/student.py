@@ -107,18 +107,12 @@ class Student(nn.Module):
             return output
         return to_x0(spec.prediction, output, x.float(), spec.schedule(at))
 
-    def start_at(self, mean: Tensor, start_t: float, eps: Tensor, cond: Cond) -> None:
+    def start_at(self, mean: Tensor) -> None:
         """Make an ``x0`` head a good place to start from.
 
         The last layer spoke another language (eps): its weights are kept at a small scale, so that the gradient reaches
-        the layers below from the first step, and its bias becomes ``mean``. And at t = 1 an eps network does little but
-        copy its input, while at middle times its features draw: the bias of the time embedding is shifted so that the
-        copy, called at t = 1, starts with the features of ``start_t``. It stays a stock network.
-
-        Args:
-            mean: of the teacher's x_0 at the start of the path, shape (c,).
-            start_t: the time whose features the copy starts with.
-            eps, cond: any samples to call the network with.
+        the layers below from the first step, and its bias becomes ``mean``, that of the teacher's x_0 at the start of
+        the path, shape (c,).
         """
         layer = self.teacher.output_layer(self.net)
         weight, bias = layer.weight, layer.bias
@@ -127,6 +121,19 @@ class Student(nn.Module):
         with torch.no_grad():
             weight.mul_(1 / math.sqrt(weight[0].numel()))
             bias.copy_(mean)
+
+    def borrow_features(self, start_t: float, eps: Tensor, cond: Cond) -> None:
+        """Start with the features of another time.
+
+        At t = 1 a network does little but copy its input or guess a mean, while at middle times its features draw: the
+        bias of the time embedding is shifted so that the copy, called at t = 1, has those of ``start_t``. It stays a
+        stock network.
+
+        Args:
+            start_t: whose features.
+            eps, cond: any samples to call the network with.
+        """
+        with torch.no_grad():
             shift = self._embedding(start_t, eps, cond) - self._embedding(1.0, eps, cond)
             site, width = self.teacher.embedding_site(self.net)
             biases = [p for name, p in site.named_parameters() if name.endswith("bias") and p.shape == (width,)]

@@ -8,13 +8,15 @@
 Each cell is one JSON file in docs/results/<teacher>/, written once. A student is trained in one run: its state after 5
 minutes is kept going to 20 and to 60, so the learning rate knows no end; what counts is training time alone, without
 previews and scores. Later seeds make as many updates as the first one did in that time. Run the first one on an idle
-machine. The curves need matplotlib (`benchmark_page.py`).
+machine; with --paced only its shortest time, and the longer ones take as many updates a minute. The curves need
+matplotlib (`benchmark_page.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -251,16 +253,23 @@ def dpm_solver_images(
         yield to_uint8(view.teacher.decode(x)).cpu()
 
 
-def student_cells(bench: Bench, name: str, seed: int, minutes: Sequence[float], only: str) -> None:
+def student_cells(
+    bench: Bench, name: str, seed: int, minutes: Sequence[float], only: str, *, paced: bool = False
+) -> None:
     """One run, scored on its way."""
-    run = bench.runs / f"{name}-seed{seed}"
+    run, before = bench.runs / f"{name}-seed{seed}", bench.path("none")
     for limit in minutes:
         cell = f"{name}-seed{seed}-{limit:g}min"
         if only in cell:
-            facts = {"objective": name, "seed": seed, "minutes": limit}
+            facts: dict[str, object] = {"objective": name, "seed": seed, "minutes": limit}
             first = bench.path(f"{name}-seed0-{limit:g}min")
-            of_first = seed > 0 and first.exists()
-            budget = {"steps": read_json(first)["updates"]} if of_first else {"max_minutes": float(limit)}
+            budget: dict[str, object] = {"max_minutes": float(limit)}
+            if seed > 0 and first.exists():
+                budget = {"steps": read_json(first)["updates"]}
+            elif paced and before.exists():
+                facts |= {"paced": True}
+                budget = {"steps": round(read_json(before)["updates"] * limit / read_json(before)["minutes"])}
+            before = bench.path(cell)
             bench.cell(cell, facts, lambda budget=budget: trained(bench, run, OBJECTIVES[name] | budget, seed))  # type: ignore[misc]
 
 
@@ -318,7 +327,8 @@ def refuse_other(run: Path, config: DistillConfig) -> None:
     stored = RunDir(run).config()
     resolved = (None, "auto")
     changed = [key for key, (_, new) in differences(stored, config).items() if new not in resolved]
-    longer = (stored.max_minutes or 0) <= (config.max_minutes or 0) and stored.steps <= config.steps
+    done = int(checkpoints(RunDir(run).checkpoints)[-1].stem.removeprefix("step-"))
+    longer = done <= config.steps and (stored.max_minutes or 0) <= (config.max_minutes or math.inf)
     if set(changed) - {"max_minutes", "steps"} or not longer:
         raise SystemExit(
             f"{run} was trained with other settings ({', '.join(changed)}): delete it, or take other --runs."
@@ -343,6 +353,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument(
+        "--paced", action="store_true", help="longer times by updates, so that they may share a machine"
+    )
     parser.add_argument("--levers", action="store_true", help="measure these instead, to the first of the minutes")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
     options = parser.parse_args()
@@ -359,7 +372,7 @@ def main() -> None:
             for seed in range(options.seeds):
                 for objective in options.objectives.split(","):
                     some = minutes if seed == 0 else minutes[:-1] or minutes
-                    student_cells(bench, objective, seed, some, options.only)
+                    student_cells(bench, objective, seed, some, options.only, paced=options.paced)
     write_page(options.results, list(OBJECTIVES))
 
 

@@ -62,10 +62,11 @@ def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) ->
     ]  # fmt: skip
     for row in rows_of(cells, order):
         updates = round(fmean(cell["updates"] for cell in row.cells))
+        paced = " *" if any(cell.get("paced") for cell in row.cells) else ""
         digits = {"fid": 2, "precision": 3, "recall": 3} | ({"accuracy": 3} if right else {}) | {"paired_mse": 4}
         numbers = [row.text(key, count) for key, count in digits.items()]
         lines.append(
-            f"| {row.objective} | {row.minutes:g} min | {updates:,} | {row.nfe} | {' | '.join(numbers)} | "
+            f"| {row.objective} | {row.minutes:g} min{paced} | {updates:,} | {row.nfe} | {' | '.join(numbers)} | "
             f"{len(row.values('fid'))} |"
         )
     lines += ["", f"| teacher | network calls | FID | precision | recall |{right}"]
@@ -165,7 +166,8 @@ def write_page(folder: Path, order: Sequence[str]) -> None:
         "FID is in the teacher's own feature space and cannot be compared with Inception FID. Precision and recall are",
         "those of Kynkäänniemi et al. 2019 (k = 3). The paired error is the mean square of the student's sample minus",
         "the end of the teacher's own path from the same noise. Minutes are of training alone, on the machine named;",
-        "± is the standard deviation over seeds; later ones make as many updates as the first did in that time.", "",
+        "± is the standard deviation over seeds; later ones make as many updates as the first did in that time. At a *",
+        "minutes are updates, as many a minute as the same run made before.", "",
     ]  # fmt: skip
     for teacher in sorted(path for path in folder.iterdir() if path.is_dir()):
         cells = read_cells(teacher)

@@ -48,8 +48,15 @@ def test_a_benchmark_from_cells_to_page(bench: Bench, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.count("already measured") == 2
     assert before == {path: path.read_bytes() for path in bench.cells.iterdir()}
 
-    bench.path("few-step-seed0-0.02min").unlink()
+    student_cells(bench, "few-step", 0, [0.02, 0.04], "", paced=True)
+    longer = cell(bench, "few-step-seed0-0.04min")
+    assert longer["paced"]
+    assert longer["updates"] == 2 * first["updates"]  # type: ignore[operator]
+    assert "| few-step | 0.04 min * |" in page("fashion", read_cells(bench.cells), list(benchmark.OBJECTIVES))
+
+    for minutes in ("0.02", "0.04"):
+        bench.path(f"few-step-seed0-{minutes}min").unlink()
     changed = SMALL | {"refiner.share": 0.25, "batch_size": 16}
     benchmark.OBJECTIVES["few-step"] = changed
-    with pytest.raises(SystemExit, match=r"other settings \(batch_size\)"):
+    with pytest.raises(SystemExit, match="other settings .*batch_size"):
         student_cells(bench, "few-step", 0, [0.02], "")

@@ -186,10 +186,13 @@ def set_up(
     weight = config.boot.weight
     if weight == "auto":
         weight = "velocity" if teacher.spec.prediction == "flow" else "uniform"
+    start_t = config.student.start_t
+    if start_t is None:
+        start_t = 0.5 if head == "x0" else 1.0
     config = dataclasses.replace(
         config,
         mixed_precision=engine.mixed_precision,
-        student=dataclasses.replace(config.student, head=head),
+        student=dataclasses.replace(config.student, head=head, start_t=start_t),
         boot=dataclasses.replace(config.boot, weight=weight),
         corrector=config.objective == "freeflow" if config.corrector is None else config.corrector,
     )
@@ -199,8 +202,8 @@ def set_up(
         teacher.enable_gradient_checkpointing(student.net)
     if fresh and config.init_from is not None:
         _start_from(student, Path(config.init_from))
-    elif fresh and head == "x0":
-        start_x0_head(student, view, pool, t_max, config, engine)
+    elif fresh:
+        start(student, view, pool, t_max, config, engine)
     adversary, judge = None, None
     if beside := adversary_beside(config):
         features = Features(teacher)  # before a critic may put its LoRA into the teacher's modules
@@ -305,15 +308,19 @@ def start_time(teacher: Teacher, config: DistillConfig) -> float:
 
 
 @torch.no_grad()
-def start_x0_head(
-    student: Student, view: TeacherView, pool: Cond, t_max: float, config: DistillConfig, engine: Engine
-) -> None:
-    """Start near the teacher's mean x_0 at the start of the path, per channel, measured on 64 noises."""
+def start(student: Student, view: TeacherView, pool: Cond, t_max: float, config: DistillConfig, engine: Engine) -> None:
+    """Start an ``x0`` head near the teacher's mean x_0 at the start of the path, per channel, measured on 64 noises;
+    and with the features of the time that the configuration says."""
+    start_t = config.student.start_t
+    assert start_t is not None, "resolved"
+    if student.head == "native" and start_t == 1.0:
+        return
     eps = prior_noise(range(config.seed, config.seed + 64), view.teacher.spec.sample_shape).to(engine.device)
-    t = torch.full((64,), t_max, dtype=torch.float64)
     cond = pool.rows(torch.arange(64) % len(pool)).to(engine.device)
-    mean = view.x0(like(view.schedule(t).sigma, eps) * eps, t, cond).mean((0, 2, 3))
-    student.start_at(mean, config.student.start_t, eps, cond)
+    if student.head == "x0":
+        t = torch.full((64,), t_max, dtype=torch.float64)
+        student.start_at(view.x0(like(view.schedule(t).sigma, eps) * eps, t, cond).mean((0, 2, 3)))
+    student.borrow_features(start_t, eps, cond)
 
 
 def _start_from(student: Student, run: Path) -> None:
