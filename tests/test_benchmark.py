@@ -58,5 +58,5 @@ def test_a_benchmark_from_cells_to_page(bench: Bench, capsys: pytest.CaptureFixt
         bench.path(f"few-step-seed0-{minutes}min").unlink()
     changed = SMALL | {"refiner.share": 0.25, "batch_size": 16}
     benchmark.OBJECTIVES["few-step"] = changed
-    with pytest.raises(SystemExit, match="other settings .*batch_size"):
+    with pytest.raises(SystemExit, match=r"other settings .*batch_size"):
         student_cells(bench, "few-step", 0, [0.02], "")
