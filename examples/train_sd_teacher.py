@@ -27,6 +27,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 TOKENS = 24
 VOCABULARY = 700
 CAPTION_DROPOUT = 0.1
+PROMPTS = 2000
+"""Captions that go with the teacher."""
 KL_WEIGHT = 1e-4
 TIMES = (0, 50, 200, 500, 1000)
 
@@ -189,13 +191,23 @@ def main() -> None:
         return Losses(F.mse_loss(prediction.float(), eps, reduction="none").mean(dim=(1, 2, 3)), t)
 
     def export() -> None:
-        pipeline(vae, ema, tokenizer, scheduler).save_pretrained(args.output, variant=None, safe_serialization=True)
+        parts = (copy.deepcopy(part).half() for part in (vae, ema))
+        pipeline(*parts, tokenizer, scheduler).save_pretrained(args.output, safe_serialization=True)
 
     minutes = train(args, model, ema, losses, TIMES, export)
+    captions = draw_captions(batches, args.seed)
+    (args.output / "prompts.txt").write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
     save_samples(pipeline(vae, ema, tokenizer, scheduler), args.work / "samples.png")
     log, curve = args.work / "log.jsonl", args.work / "curve.png"
     save_curve(log, curve, "fashion-sd teacher, training loss", "eps mean squared error", "all t", "t in [{})")
     print(f"trained for {minutes:.1f} min, exported to {args.output}")
+
+
+def draw_captions(batches: Captioned, seed: int) -> list[str]:
+    """Captions as training saw them: what its students are distilled with."""
+    many = copy.copy(batches)
+    many.batch_size = PROMPTS
+    return many(step_generator(seed, 2**31)).captions
 
 
 def pipeline(vae: AutoencoderKL, ema: Conditioned, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler) -> Any:

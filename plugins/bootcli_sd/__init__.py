@@ -66,6 +66,6 @@ family = TeacherFamily(
         "sdxl": Alias("stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL, 1024x1024"),
     },
     hub_weights=(_weights("", "safetensors"), _weights(".fp16", "safetensors"), _weights("", "bin")),
-    hub_files=("tokenizer/*.txt", "tokenizer_2/*.txt", "features/*.safetensors"),
+    hub_files=("tokenizer/*.txt", "tokenizer_2/*.txt", "prompts.txt", "features/*.safetensors"),
     complete=has_weights,
 )

@@ -29,7 +29,7 @@ from bootcli_sd.layout import Layout, read_layout, variant_of
 from bootcli_sd.single_file import Parts, read_single_file
 from bootcli_sd.text import TextEncoder, load_pairs
 
-RECIPE, FEATURES = "recipe.json", "features"
+RECIPE, PROMPTS, FEATURES = "recipe.json", "prompts.txt", "features"
 DECODED = 4
 """Latents decoded at a time."""
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -180,11 +180,11 @@ class SDTeacher(Teacher):
         return config
 
     def recipe(self) -> dict[str, object]:
-        """The settings in the folder's ``recipe.json``, if it has one; see `Teacher.recipe`."""
-        file = self.home / RECIPE
-        if not file.is_file():
-            return {}
-        return read_json(file)
+        """The settings in the folder's ``recipe.json``, and its own ``prompts.txt``, if it has them; see
+        `Teacher.recipe`."""
+        file, prompts = self.home / RECIPE, self.home / PROMPTS
+        own: dict[str, object] = {"prompts": str(prompts)} if prompts.is_file() else {}
+        return own | (read_json(file) if file.is_file() else {})
 
     def lora_targets(self) -> tuple[str, ...]:
         """The projections of self- and cross-attention."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -14,72 +13,12 @@ from bootcli_sd import family, single_file
 from bootcli_sd.teacher import SDTeacher, build, load
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from bootcli.errors import BootError
-from tests.original_names import RESNET
+from tests import original_names as names
 
 from .conftest import MakeFolder, tokenizer
-
-UNET = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "down_blocks.0.resnets.0": "input_blocks.1.0",
-    "down_blocks.0.attentions.0": "input_blocks.1.1",
-    "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
-    "down_blocks.1.resnets.0": "input_blocks.3.0",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-    "up_blocks.0.resnets.0": "output_blocks.0.0",
-    "up_blocks.0.resnets.1": "output_blocks.1.0",
-    "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
-    "up_blocks.1.resnets.0": "output_blocks.2.0",
-    "up_blocks.1.attentions.0": "output_blocks.2.1",
-    "up_blocks.1.resnets.1": "output_blocks.3.0",
-    "up_blocks.1.attentions.1": "output_blocks.3.1",
-}
-"""Where the original code has the parts of the tiny network."""
-VAE = {
-    r"down_blocks\.(\d)\.resnets\.": r"down.\1.block.",
-    r"down_blocks\.(\d)\.downsamplers\.0": r"down.\1.downsample",
-    r"up_blocks\.0\.resnets\.": "up.1.block.",
-    r"up_blocks\.1\.resnets\.": "up.0.block.",
-    r"up_blocks\.0\.upsamplers\.0": "up.1.upsample",
-    r"mid_block\.resnets\.0": "mid.block_1",
-    r"mid_block\.resnets\.1": "mid.block_2",
-    r"mid_block\.attentions\.0\.group_norm": "mid.attn_1.norm",
-    r"mid_block\.attentions\.0\.to_([qkv])": r"mid.attn_1.\1",
-    r"mid_block\.attentions\.0\.to_out\.0": "mid.attn_1.proj_out",
-    "conv_shortcut": "nin_shortcut",
-    "conv_norm_out": "norm_out",
-}
-
-
-def original_names(unet: nn.Module, vae: nn.Module, text: nn.Module) -> dict[str, Tensor]:
-    """The weights as the original code names them."""
-    named: dict[str, Tensor] = {}
-    for name, tensor in unet.state_dict().items():
-        home = max((part for part in UNET if name.startswith(f"{part}.")), key=len)
-        rest = name.removeprefix(f"{home}.")
-        if ".resnets." in f".{home}.":
-            layer, _, kind = rest.rpartition(".")
-            rest = f"{RESNET[layer]}.{kind}"
-        named[f"model.diffusion_model.{UNET[home]}.{rest}"] = tensor
-    for name, tensor in vae.state_dict().items():
-        new = name
-        for pattern, replacement in VAE.items():
-            new = re.sub(pattern, replacement, new)
-        flat = ".attentions." in name and tensor.ndim == 2
-        named[f"first_stage_model.{new}"] = tensor[..., None, None] if flat else tensor
-    prefix = "cond_stage_model.transformer."
-    for name, tensor in text.state_dict().items():
-        named[f"{prefix}{name if name.startswith('text_model.') else f'text_model.{name}'}"] = tensor
-    return {name: tensor.contiguous().clone() for name, tensor in named.items()}
 
 
 @pytest.fixture
@@ -88,7 +27,7 @@ def both(make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = make_folder()
     teacher = load(folder)
     file = tmp_path / "tiny.safetensors"
-    save_file(original_names(teacher.net, teacher.vae, teacher.text.pairs[0][0]), file)
+    save_file(names.single_file(*(part.state_dict() for part in (teacher.net, teacher.vae, teacher.text.pairs[0][0]))), file)
     configs = tmp_path / "configs"
     for name in ("model_index.json", *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))):
         (configs / "sd1" / name).parent.mkdir(parents=True, exist_ok=True)
