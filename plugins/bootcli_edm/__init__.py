@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bootcli.plugin import TeacherFamily
+from bootcli.plugin import Alias, TeacherFamily
 from bootcli_edm.files import network_file
 
 if TYPE_CHECKING:
@@ -43,4 +43,9 @@ family = TeacherFamily(
     matches=_matches,
     load=_load,
     build=_build,
+    aliases={
+        "fashion-edm": Alias(
+            str(Path(__file__).parent / "fashion"), "Fashion-MNIST, 16x16 grey, ten classes, built in: no download"
+        )
+    },
 )
