@@ -23,6 +23,8 @@ EXAMPLES = examples(
     "bootcli distill",
     "bootcli distill --teacher google/ddpm-cifar10-32 --device cuda",
 )
+NESTED = {"lora_rank": "student.lora_rank"}
+"""The settings of flags that have another name."""
 TEACHER, TRAINING, RUN, SETTINGS = "Teacher", "Training", "Run", "Settings"
 
 TeacherOption = Annotated[
@@ -95,6 +97,15 @@ LearningRateOption = Annotated[
         metavar="X",
         help="Peak learning rate.",
         show_default=recipe(0.0002),
+        rich_help_panel=TRAINING,
+    ),
+]
+LoraRankOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Train a LoRA of this rank in the teacher; 0: the whole network.",
+        show_default=recipe(0),
         rich_help_panel=TRAINING,
     ),
 ]
@@ -180,6 +191,7 @@ def distill(
     max_minutes: MaxMinutesOption = None,
     batch_size: BatchSizeOption = None,
     learning_rate: LearningRateOption = None,
+    lora_rank: LoraRankOption = None,
     seed: SeedOption = None,
     init_from: InitFromOption = None,
     device: DeviceOption = None,
@@ -224,7 +236,8 @@ def _layers(params: Mapping[str, object], file: Path | None, overrides: list[str
     from bootcli.config import known_keys, read_file, read_overrides
 
     known = known_keys()
-    flags = {name: value for name, value in params.items() if name in known and value is not None}
+    keys = {name: NESTED.get(name, name) for name in params}
+    flags = {keys[name]: value for name, value in params.items() if keys[name] in known and value is not None}
     if "classes" in flags:
         flags["classes"] = integers(str(flags["classes"]), "--classes")
     return flags, read_overrides(overrides or ()), read_file(file) if file else {}

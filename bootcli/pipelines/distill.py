@@ -62,6 +62,7 @@ def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite
         prompts = read_prompts(str(rundir.prompts) if resume and rundir.prompts.is_file() else config.prompts)
     work = set_up(loaded.teacher, config, engine, fresh=not resume, prompts=prompts)
     trainer = Trainer(work, work.config, engine)
+    work = dataclasses.replace(work, config=trainer.config)
     if resume:
         _restore(trainer, rundir)
     engine.wait()  # every process has looked at the folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from bootcli.batch import Work
 from bootcli.config import DistillConfig
 from bootcli.critic import Critic
-from bootcli.engine import Engine
+from bootcli.engine import Engine, is_out_of_memory
 from bootcli.errors import BootError, UsageError
 from bootcli.judge import Features, make_judge
+from bootcli.lora import Lora, fingerprint
 from bootcli.maths.broadcast import like
 from bootcli.objectives.adversary import Adversary
 from bootcli.objectives.base import Objective
@@ -29,7 +30,7 @@ from bootcli.prompts import Prompt, read_prompts
 from bootcli.sampler import CondOf, prior_noise
 from bootcli.store.artifact import load_student
 from bootcli.student import Student
-from bootcli.teachers.protocol import Cond, Teacher
+from bootcli.teachers.protocol import Cond, Head, Teacher
 from bootcli.teachers.view import TeacherView
 
 
@@ -165,46 +166,38 @@ def set_up(
     pool = condition_pool(teacher, config, prompts)
     view = teacher_view(teacher, config, engine)
     t_max = start_time(teacher, config)
-    head = teacher.head() if config.student.head == "auto" else config.student.head
-    weight = config.boot.weight
-    if weight == "auto":
-        weight = "velocity" if teacher.spec.prediction == "flow" else "uniform"
-    config = dataclasses.replace(
-        config,
-        mixed_precision=engine.mixed_precision,
-        student=dataclasses.replace(config.student, head=head),
-        boot=dataclasses.replace(config.boot, weight=weight),
-        corrector=config.objective == "freeflow" if config.corrector is None else config.corrector,
-    )
-    torch.manual_seed(config.seed)  # the new layers of the student
-    student = Student(teacher, head, config.student.t_min).to(engine.device)
-    if config.optimizer.gradient_checkpointing:
-        teacher.enable_gradient_checkpointing(student.net)
+    config = without_auto(teacher, config, engine)
+    beside = adversary_beside(config)
+    check_memory(config)
+    features = Features(teacher) if beside else None  # before a LoRA goes into the teacher's modules
+    student, critic = make_networks(teacher, config, engine)
+    if config.memory.half_teacher:
+        _try_half(teacher, pool, engine)
     if fresh and config.init_from is not None:
         _start_from(student, Path(config.init_from))
-    elif fresh and head == "x0":
+    elif fresh and student.head == "x0":
         start_x0_head(student, view, pool, t_max, config, engine)
     adversary, judge = None, None
-    if beside := adversary_beside(config):
-        features = Features(teacher)  # before a critic may put its LoRA into the teacher's modules
+    if beside and features is not None:
         balance = (config.kd if beside == "prediction" else config.replay).adversary
         adversary = Adversary(config.adversary, balance, beside, features, t_max)
         first = pool.rows(torch.zeros(1, dtype=torch.long)).to(engine.device)
         judge = make_judge(features, first, config.adversary.width)
-    corrector, critic = None, None
-    if config.corrector:
-        corrector = Corrector(config.correction, view, config.student.t_min, t_max)
-        critic = Critic(teacher, config.correction).to(engine.device)
+    corrector = Corrector(config.correction, view, config.student.t_min, t_max) if config.corrector else None
     # The parts beside the prediction weigh their errors as it does, so that shares mean what they say.
     power = {"boot": config.boot.power, "freeflow": config.freeflow.power, "kd": config.kd.power}[config.objective]
     refiner = Refiner(config.refiner, power, view, config.student.t_min, t_max) if config.refiner.share else None
     if config.optimizer.compile:
         student.net.compile()
         teacher.net.compile()
-        if critic is not None and critic.net is not teacher.net:
+        if critic is not None:
             critic.net.compile()
         if judge is not None:
             judge.compile()
+    offload = None
+    if config.memory.offload_teacher:
+        offload = engine.offload(teacher.net)
+        student.net.register_forward_pre_hook(lambda module, args: offload() if torch.is_grad_enabled() else None)
     objective = make_objective(config, view, pool, t_max)
     replay = KD(config.replay, power, view, config.student.t_min, t_max, pool) if config.replay.share else None
     return Distillation(
@@ -218,9 +211,106 @@ def set_up(
         adversary=adversary,
         judge=judge,
         refiner=refiner,
+        offload_teacher=offload,
         t_max=t_max,
         config=config,
     )
+
+
+def without_auto(teacher: Teacher, config: DistillConfig, engine: Engine) -> DistillConfig:
+    """The configuration with what it leaves open; how a batch is split is the trainer's to find."""
+    weight = config.boot.weight
+    if weight == "auto":
+        weight = "velocity" if teacher.spec.prediction == "flow" else "uniform"
+    return dataclasses.replace(
+        config,
+        mixed_precision=engine.mixed_precision,
+        student=dataclasses.replace(config.student, head=_head(teacher, config)),
+        boot=dataclasses.replace(config.boot, weight=weight),
+        corrector=config.objective == "freeflow" if config.corrector is None else config.corrector,
+    )
+
+
+def _head(teacher: Teacher, config: DistillConfig) -> Head:
+    """The student's head. Raises `UsageError` for one that a LoRA cannot have."""
+    head, lora = config.student.head, config.student.lora_rank > 0
+    if lora and head == "x0":
+        raise UsageError(
+            "--lora-rank: an x0 head makes the last layer anew, which a LoRA shares with its teacher.",
+            "Leave student.head out, or train the whole network without --lora-rank.",
+        )
+    advice = teacher.head()
+    if lora and head == "auto" and advice == "x0":
+        alpha, sigma = teacher.spec.schedule(torch.ones(1, dtype=torch.float64))
+        raise UsageError(
+            "--lora-rank: a LoRA keeps its teacher's prediction type, and where this teacher's paths start, "
+            f"an error of that is {float(sigma / alpha):.0f} times as large in the image.",
+            "Train the whole network, which gets a last layer of its own: leave --lora-rank out.",
+        )
+    return advice if head == "auto" else head
+
+
+def check_memory(config: DistillConfig) -> None:
+    """Raise `UsageError` for what cannot be held as ``memory`` says; ``config`` without "auto"."""
+    memory, lora = config.memory, config.student.lora_rank or (config.corrector and config.correction.critic == "lora")
+    if memory.half_teacher and config.mixed_precision == "no":
+        raise UsageError(
+            "memory.half_teacher: this run computes in float32.", "Leave it out, or add --mixed-precision bf16."
+        )
+    if memory.offload_teacher and lora:
+        raise UsageError(
+            "memory.offload_teacher: a LoRA learns in the teacher's own network, which has to stay.", "Leave it out."
+        )
+    if memory.offload_teacher and adversary_beside(config):
+        raise UsageError("memory.offload_teacher: an adversary looks through the teacher's layers.", "Leave it out.")
+    if config.optimizer.compile and (lora or memory.offload_teacher):
+        what = "a LoRA is switched" if lora else "the teacher is moved"
+        raise UsageError(
+            f"optimizer.compile: {what} between calls, and a compiled network would not see it.", "Leave it out."
+        )
+
+
+def make_networks(teacher: Teacher, config: DistillConfig, engine: Engine) -> tuple[Student, Critic | None]:
+    """The student, and the critic where there is one.
+
+    Whole networks are copied first: after that the teacher's weights may be halved, and a LoRA may go into its modules.
+    """
+    settings, critic, student = config.student, None, None
+    if config.corrector and config.correction.critic == "full":
+        critic = Critic(teacher, config.correction)
+    torch.manual_seed(config.seed)  # the new layers of the student
+    if not settings.lora_rank:
+        student = Student(teacher, _head(teacher, config), settings.t_min)
+    base = fingerprint(teacher.net) if settings.lora_rank else ""
+    if config.memory.half_teacher:
+        teacher.net.to(engine.half)
+    if student is None:
+        lora = Lora(teacher, "student", settings.lora_rank, base)
+        student = Student(teacher, _head(teacher, config), settings.t_min, lora)
+    if config.corrector and critic is None:
+        critic = Critic(teacher, config.correction)
+    for owner in (student, critic):
+        if owner is not None:
+            owner.to(engine.device)
+            if config.optimizer.gradient_checkpointing:
+                how = () if owner.lora is None else (owner.lora.checkpoint,)
+                teacher.enable_gradient_checkpointing(owner.net, *how)
+    return student, critic
+
+
+@torch.no_grad()
+def _try_half(teacher: Teacher, pool: Cond, engine: Engine) -> None:
+    """Raise `UsageError` where the network does not run with half-precision weights outside of mixed precision."""
+    x = torch.zeros(1, *teacher.spec.sample_shape, device=engine.device)
+    cond = pool.rows(torch.zeros(1, dtype=torch.long)).to(engine.device)
+    try:
+        teacher.predict(teacher.net, x, torch.full((1,), 0.5, dtype=torch.float64), cond)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"memory.half_teacher: this teacher's network takes float32 weights only ({error!s:.100}).", "Leave it out."
+        ) from None
 
 
 def adversary_beside(config: DistillConfig) -> Literal["prediction", "replay"] | None:
@@ -300,7 +390,19 @@ def start_x0_head(
 
 
 def _start_from(student: Student, run: Path) -> None:
-    source = load_student(run).student
+    artifact = load_student(run)
+    source, lora = artifact.student, artifact.lora
+    if student.lora is not None:
+        ours = student.lora.exported({})
+        if lora is None or replace(lora, tensors={}) != ours:
+            what = "a whole network" if lora is None else f"a LoRA of rank {lora.rank}"
+            raise UsageError(
+                f"--init-from {run}: it holds {what}, and a LoRA of rank {ours.rank} begins as its teacher.",
+                "Start from a LoRA of this rank and teacher, or train the whole network without --lora-rank.",
+            )
+        student.lora.take(lora)
+        student.time_branch.load_state_dict(source.time_branch.state_dict())
+        return
     if source.head != student.head:
         raise UsageError(f"--init-from {run}: its head is {source.head}, this run's is {student.head}.")
     try:
