@@ -48,6 +48,7 @@ class Lora(nn.Module):
         self.name, self.rank, self.base, self.targets = name, rank, base, tuple(targets)
         lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
         net = inject_adapter_in_model(lora, teacher.net, name)
+        del net.peft_config  # peft's note of it, about which it warns the next owner
         self._net = (net,)  # in a tuple: a module would be registered
         self._layers = [layer for layer in net.modules() if isinstance(layer, BaseTunerLayer)]
         mark, own = f".{name}.", {}

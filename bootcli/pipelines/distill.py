@@ -114,10 +114,11 @@ class _Session:
         """What `Started` tells the user."""
         config, spec = self.config, self.work.view.teacher.spec
         parameters = sum(p.numel() for p in self.work.student.parameters())
+        lora = f"LoRA of rank {config.student.lora_rank}, " if config.student.lora_rank else ""
         return {
             "teacher": f"{config.teacher} ({origin})",
             "samples": "x".join(str(n) for n in spec.sample_shape),
-            "student": f"{parameters / 1e6:.2f}M parameters, {config.student.head} head",
+            "student": f"{lora}{parameters / 1e6:.2f}M parameters, {config.student.head} head",
             "objective": f"{config.objective}, t from {self.work.t_max:.3f} to {config.student.t_min:.3f}",
             "device": f"{self.engine.device}, mixed precision {self.engine.mixed_precision}",
         }

@@ -188,12 +188,9 @@ def set_up(
     power = {"boot": config.boot.power, "freeflow": config.freeflow.power, "kd": config.kd.power}[config.objective]
     refiner = Refiner(config.refiner, power, view, config.student.t_min, t_max) if config.refiner.share else None
     if config.optimizer.compile:
-        student.net.compile()
-        teacher.net.compile()
-        if critic is not None:
-            critic.net.compile()
-        if judge is not None:
-            judge.compile()
+        owners = [student.net, teacher.net, *([] if critic is None else [critic.net])]
+        for module in dict.fromkeys([*owners, *([] if judge is None else [judge])]):  # a LoRA's is the teacher's
+            module.compile()
     offload = None
     if config.memory.offload_teacher:
         offload = engine.offload(teacher.net)
@@ -263,10 +260,15 @@ def check_memory(config: DistillConfig) -> None:
         )
     if memory.offload_teacher and adversary_beside(config):
         raise UsageError("memory.offload_teacher: an adversary looks through the teacher's layers.", "Leave it out.")
-    if config.optimizer.compile and (lora or memory.offload_teacher):
-        what = "a LoRA is switched" if lora else "the teacher is moved"
+    if config.optimizer.compile and memory.offload_teacher:
         raise UsageError(
-            f"optimizer.compile: {what} between calls, and a compiled network would not see it.", "Leave it out."
+            "optimizer.compile: memory.offload_teacher moves a compiled network.", "Leave one of them out."
+        )
+    if config.optimizer.compile and config.optimizer.gradient_checkpointing and lora:
+        raise UsageError(
+            "optimizer.compile: parts that are called again in the backward pass need the LoRA that they had, which a "
+            "compiled network does not keep.",
+            "Leave it out, or optimizer.gradient_checkpointing.",
         )
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 @torch.no_grad()
 def main(folder: str, inputs: str, outputs: str, base: str) -> None:
-    """One step from given noise; of the whole pipeline too, where the teacher is a folder."""
+    """One step from given noise, part by part, and of the pipeline as users call it."""
     given = load_file(inputs)
     noise, text, pooled = given["noise"], given["text"], given.get("pooled")
     pipeline = _pipeline(Path(base), watermark=pooled is not None)
@@ -23,21 +23,17 @@ def main(folder: str, inputs: str, outputs: str, base: str) -> None:
     prompts = {"prompt_embeds": text} | ({} if pooled is None else {"pooled_prompt_embeds": pooled})
     once = {"num_inference_steps": 1, "guidance_scale": 1, "height": None, "width": None}
     latents = pipeline(**prompts, **once, latents=noise, output_type="latent").images
-    made = {"sample": latents}
-    if pipeline.vae is not None:
-        generator = torch.manual_seed(0)  # draws the given noise again
-        images = pipeline(**prompts, **once, generator=generator, output_type="np").images
-        made["images"] = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() * 2 - 1
-    save_file(made, outputs)
+    generator = torch.manual_seed(0)  # draws the given noise again
+    images = pipeline(**prompts, **once, generator=generator, output_type="np").images
+    save_file({"sample": latents, "images": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() * 2 - 1}, outputs)
 
 
 def _pipeline(base: Path, *, watermark: bool) -> Any:
-    if base.is_dir():
-        weights = [file.name for file in (base / "unet").glob("*") if file.suffix in (".safetensors", ".bin")]
-        how = {"variant": "fp16"} if weights and all(".fp16" in name for name in weights) else {}
-        # A watermark of some installations of SDXL would be a difference.
-        return DiffusionPipeline.from_pretrained(base, **how, **({"add_watermarker": False} if watermark else {}))
-    raise SystemExit(f"{base} is no folder.")
+    weights = [file.name for file in (base / "unet").glob("*") if file.suffix in (".safetensors", ".bin")]
+    how: dict[str, Any] = {"variant": "fp16"} if weights and all(".fp16" in name for name in weights) else {}
+    if watermark:  # of some installations of SDXL: it would be a difference
+        how["add_watermarker"] = False
+    return DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32, **how)
 
 
 if __name__ == "__main__":

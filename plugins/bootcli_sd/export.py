@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import ModelCardData
 from torch import nn
 
@@ -80,8 +79,14 @@ def write_lora(teacher: Teacher, lora: LoraWeights, folder: Path) -> None:
     """Write the LoRA as diffusers names it, the scheduler of its one step and a card; see `LoraExporter.write`."""
     if not isinstance(teacher, SDTeacher):
         raise BootError("Only a LoRA on a Stable Diffusion teacher can be written for diffusers.")
+    if teacher.kind:
+        raise BootError(
+            f"{teacher.home} is a single file, onto which diffusers cannot load a LoRA without the network.",
+            "Export with --format diffusers, or distil from the folder that the file was made from.",
+        )
     pipeline = StableDiffusionXLPipeline if len(teacher.text.pairs) > 1 else StableDiffusionPipeline
-    pipeline.save_lora_weights(folder, convert_state_dict_to_diffusers(lora.tensors), safe_serialization=True)
+    # In peft's names: diffusers' own older ones exist for attention alone, and its loader passes over a mixture.
+    pipeline.save_lora_weights(folder, dict(lora.tensors), safe_serialization=True)
     scheduler = teacher.process.one_step(predicts_sample=False)  # a LoRA keeps its teacher's prediction type
     scheduler.save_pretrained(folder / "scheduler")
     facts = _card(teacher, "lora") | {"rank": lora.rank, "scheduler": type(scheduler).__name__}

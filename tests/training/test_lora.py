@@ -69,15 +69,14 @@ def test_checkpointing_leaves_gradients_as_they_are(tiny_ddpm: Any, owners: str)
         assert torch.allclose(gradient, saved[key], rtol=1e-4, atol=1e-6 * float(gradient.abs().max() + 1)), key
 
 
-def test_a_checkpoint_that_forgot_its_adapter_would_show(tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above can fail: torch's own checkpoint recomputes without an adapter."""
-    plain = gradients(tiny_teacher, config_of(**LORA))
-    other = load(str(tiny_teacher._folder)).teacher  # type: ignore[attr-defined]
-    enable = other.enable_gradient_checkpointing
-    monkeypatch.setattr(other, "enable_gradient_checkpointing", lambda net, function=None: enable(net))
-    with pytest.raises((AssertionError, RuntimeError)):
-        saved = gradients(other, config_of(**LORA, **{"optimizer.gradient_checkpointing": True}))
-        assert all(torch.allclose(plain[key], saved[key], rtol=1e-2) for key in plain)
+def test_a_checkpoint_that_forgot_its_adapter_would_show(
+    tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test above can fail: torch's own checkpoint calls the network again without an adapter."""
+    enable = tiny_teacher.enable_gradient_checkpointing
+    monkeypatch.setattr(tiny_teacher, "enable_gradient_checkpointing", lambda net, function=None: enable(net))
+    with pytest.raises(RuntimeError, match="different number of tensors was saved"):
+        gradients(tiny_teacher, config_of(**LORA, **{"optimizer.gradient_checkpointing": True}))
 
 
 def test_the_teacher_answers_as_before(tiny_teacher: Teacher) -> None:
@@ -154,9 +153,8 @@ def test_half_of_the_base_is_near_the_whole(tiny_ddpm: Any) -> None:
         ({"student.lora_rank": 4}, "157 times as large"),
         ({"student.lora_rank": 4, "student.head": "x0"}, "makes the last layer anew"),
         (LORA | {"memory.offload_teacher": True}, "has to stay"),
-        (LORA | {"optimizer.compile": True}, "a LoRA is switched between calls"),
-        (CRITIC | {"optimizer.compile": True}, "a LoRA is switched between calls"),
-        ({"memory.offload_teacher": True, "optimizer.compile": True}, "is moved between calls"),
+        (LORA | {"optimizer.compile": True, "optimizer.gradient_checkpointing": True}, "need the LoRA that they had"),
+        ({"memory.offload_teacher": True, "optimizer.compile": True}, "moves a compiled network"),
         ({"memory.half_teacher": True}, "computes in float32"),
         (
             {"memory.offload_teacher": True, "replay.share": 0.5, "replay.adversary": 0.5},
@@ -164,8 +162,6 @@ def test_half_of_the_base_is_near_the_whole(tiny_ddpm: Any) -> None:
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused(
-    tiny_teacher: Teacher, settings: dict[str, object], message: str
-) -> None:
+def test_what_does_not_go_together_is_refused(tiny_teacher: Teacher, settings: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build(tiny_teacher, config_of(**settings))
