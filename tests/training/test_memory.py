@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from bootcli.batch import PARTS, Parts
-from bootcli.config import DistillConfig
 from bootcli.engine import Engine
 from bootcli.errors import DoesNotFit, UsageError
 from bootcli.memory import LORA_RANK, learned, need_of, optimizer_bytes, switches
@@ -31,11 +30,10 @@ def size_of(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
 @pytest.mark.parametrize(
-    "settings",
-    [{}, LORA, CRITIC | JUDGE, LORA | CRITIC | {"correction.critic": "lora"}],
-    ids=["full", "lora", "3", "2"],
+    ("name", "settings"),
+    [("adamw", LORA), ("muon", CRITIC | JUDGE), ("muon", LORA | CRITIC | {"correction.critic": "lora"})],
+    ids=["LoRA", "whole networks", "LoRAs"],
 )
 def test_what_is_computed_is_what_is_held(tiny_teacher: Teacher, name: str, settings: dict[str, object]) -> None:
     """Byte for byte, after an update; the teacher's part is computed from shapes, before a LoRA is in it and after."""
@@ -123,7 +121,7 @@ class Hungry(nn.Module):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-@pytest.mark.parametrize(("most", "found"), [(64, 1), (23, 1), (12, 2), (6, 4), (2, 8)])
+@pytest.mark.parametrize(("most", "found"), [(20, 1), (12, 2), (2, 8)])
 def test_micro_batches_are_found_by_trying(tiny_teacher: Teacher, most: int, found: int) -> None:
     """Boot calls the student on 16 samples and 4 of the boundary; nothing of the trial stays."""
     work, trainer = build(tiny_teacher, config_of(batch_size=16))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -128,7 +127,7 @@ class EightBits(torch.optim.Optimizer):
 
 
 @pytest.fixture(params=["real", "stand-in"])
-def eight_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+def eight_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """bitsandbytes where it is installed, and a stand-in for it; whether it is the real one."""
     if request.param == "real":
         pytest.importorskip("bitsandbytes")
@@ -137,7 +136,7 @@ def eight_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         optim.AdamW8bit = EightBits  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "bitsandbytes", package)
         monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
-    yield request.param == "real"
+    return request.param == "real"
 
 
 def test_eight_bits_go_through_a_checkpoint(eight_bits: bool) -> None:
