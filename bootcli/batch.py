@@ -91,8 +91,8 @@ class Parts:
         Args:
             config: of the run.
             accumulation: micro-batches of each process.
-            processes: how many there are; each of their micro-batches has some of what a companion learns from, since
-                they exchange its gradients.
+            processes: how many there are; where there are several, each of their micro-batches has something for every
+                network, since they exchange its gradients.
         """
         size, shares = config.batch_size, accumulation * processes
         if size % shares:
@@ -117,11 +117,13 @@ class Parts:
     def _check_companions(self, config: DistillConfig, processes: int) -> None:
         """Raise `UsageError` where a companion has nothing to learn from."""
         splits = [self.rows(index) for index in range(self.shares)] if processes > 1 else [self.joined.rows(0)]
-        if config.corrector and any(_length(rows["correction"]) < 1 for rows in splits):
-            raise UsageError(
-                "A micro-batch has no sample that corrects, and processes learn from all of theirs together.",
-                "Take a larger --batch-size or correction.share, or a smaller optimizer.accumulation.",
-            )
+        needed = {"prediction": "predicts"} | ({"correction": "corrects"} if config.corrector else {})
+        for part, what in needed.items():
+            if any(_length(rows[part]) < 1 for rows in splits):
+                raise UsageError(
+                    f"A micro-batch has no sample that {what}, and processes learn from all of theirs together.",
+                    "Take a larger --batch-size or share of them, or a smaller optimizer.accumulation.",
+                )
         for name, part, paths in (("kd", "prediction", config.kd), ("replay", "replay", config.replay)):
             taken = min(_length(rows[part]) for rows in splits)
             if paths.adversary and taken < paths.points:

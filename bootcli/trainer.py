@@ -210,6 +210,11 @@ class Trainer:
         self._balance(done)
         return done
 
+    @property
+    def _base(self) -> str | None:
+        """The fingerprint of what a LoRA is trained on."""
+        return None if self.work.student.lora is None else self.work.student.lora.base
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: tensors, and JSON-able facts."""
         tensors = {f"student.{name}": p.detach() for name, p in self.work.student.state_dict().items()}
@@ -229,11 +234,17 @@ class Trainer:
             "seconds": self.seconds,
             "balance": {name: dataclasses.asdict(each.balance) for name, each in self.companions.items()},
             "scaler": scaler.state_dict() if scaler else None,
+            "base": self._base,
         }
         return tensors, facts
 
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Continue from what `state` gave, bit for bit. Raises `KeyError` or `RuntimeError` where it does not fit."""
+        """Continue from what `state` gave, bit for bit.
+
+        Raises `KeyError`, `RuntimeError` or `ValueError` where it does not fit.
+        """
+        if facts.get("base") != self._base:
+            raise ValueError("its LoRA was trained on other weights of the teacher")
         self.work.student.load_state_dict(_below(tensors, "student."))
         averages = _below(tensors, "ema.")
         self.ema.weights = {name: averages[name].to(p.device) for name, p in self.ema.weights.items()}

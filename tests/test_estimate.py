@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from typer.testing import CliRunner
 
 from bootcli.cli import app
+from bootcli.cli.common import _explain
 from bootcli.cli.distill import _costs
 from bootcli.config import DistillConfig, resolve
 from bootcli.memory import Need, need_of
@@ -79,6 +80,12 @@ def test_where_memory_runs_out_the_computed_part_is_told(
     assert {"setting": "--set optimizer.accumulation=2", "saves": None, "what": "half of the activations"} in told[
         "switches"
     ]
+
+
+def test_a_run_that_runs_out_of_memory_says_where_to_look() -> None:
+    told = _explain(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore."))
+    assert told.message.endswith("Tried to allocate 2.00 GiB.")
+    assert "--dry-run" in told.hint
 
 
 def test_other_failures_are_not_taken_for_memory(config: DistillConfig, monkeypatch: pytest.MonkeyPatch) -> None:

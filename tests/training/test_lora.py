@@ -130,6 +130,15 @@ def test_both_resume_bit_for_bit(tiny_ddpm: Any) -> None:
             assert torch.equal(tensor, resumed.state()[0][name]), name
 
 
+def test_a_lora_does_not_go_on_from_another_teacher(tiny_ddpm: Any) -> None:
+    teacher, other = (load(str(tiny_ddpm)).teacher for _ in range(2))
+    _, trainer = build(teacher, config_of(**LORA))
+    other.net.get_parameter("conv_in.bias").data[0] += 1e-4
+    _, resumed = build(other, config_of(**LORA))
+    with pytest.raises(ValueError, match="other weights of the teacher"):
+        resumed.load_state(*trainer.state())
+
+
 def test_half_of_the_base_is_near_the_whole(tiny_ddpm: Any) -> None:
     """Weights that learn stay float32; what begins as a copy begins with all of its bits."""
     losses = []
