@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Work:
         adversary, judge: what makes them look like the teacher's, where the run has that.
         refiner: what teaches it to go on from its own samples, where the run has that.
         replay: what grounds it on stored teacher paths, where the run has that.
+        offload_teacher: sends the teacher away until it is asked again, where the run does that.
     """
 
     student: Student
@@ -48,48 +49,105 @@ class Work:
     judge: Judge | None = None
     refiner: Refiner | None = None
     replay: KD | None = None
+    offload_teacher: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
 class Parts:
-    """How many samples of a micro-batch each objective takes."""
+    """How many samples of a batch each objective takes, and how it is split.
+
+    Args:
+        prediction, correction, refinement, replay: samples in the batch.
+        shares: micro-batches, over all processes; they are equally large.
+    """
 
     prediction: int
     correction: int
     refinement: int
     replay: int
+    shares: int = 1
 
     @property
     def whole(self) -> int:
-        """Samples in the micro-batch."""
+        """Samples in the batch."""
         return self.prediction + self.correction + self.refinement + self.replay
 
+    def rows(self, index: int) -> dict[str, slice]:
+        """The rows of each objective's draw that micro-batch ``index`` has.
+
+        Each objective's samples lie evenly along the batch: however small a micro-batch is, they have their shares of
+        the whole, and some micro-batches have none of a rare one.
+        """
+        counts = {name: getattr(self, name) for name in PARTS}
+        places = sorted(((place + 0.5) / count, name) for name, count in counts.items() for place in range(count))
+        size = self.whole // self.shares
+        before, after = ([name for _, name in places[: end * size]] for end in (index, index + 1))
+        return {name: slice(before.count(name), after.count(name)) for name in PARTS}
+
     @classmethod
-    def of(cls, config: DistillConfig, size: int) -> Parts:
-        """The configured shares of ``size`` samples, at least one where there is any. Raises `UsageError`."""
+    def of(cls, config: DistillConfig, accumulation: int, processes: int = 1) -> Parts:
+        """The configured shares of the batch, at least one sample where there is any. Raises `UsageError`.
+
+        Args:
+            config: of the run.
+            accumulation: micro-batches of each process.
+            processes: how many there are; where there are several, each of their micro-batches has something for every
+                network, since they exchange its gradients.
+        """
+        size, shares = config.batch_size, accumulation * processes
+        if size % shares:
+            raise UsageError(
+                f"batch_size {size} cannot be split into {accumulation} micro-batches on {processes} processes.",
+                "Make it a multiple of their product.",
+            )
         correction = max(1, round(config.correction.share * size)) if config.corrector else 0
         refinement = max(1, round(config.refiner.share * size)) if config.refiner.share else 0
         replay = max(1, round(config.replay.share * size)) if config.replay.share else 0
         prediction = size - correction - refinement - replay
         if prediction < 1:
             raise UsageError(
-                f"{size} samples in a micro-batch leave none to predict beside {correction} that correct, {refinement} "
-                f"that refine and {replay} that are replayed.",
+                f"A batch of {size} samples leaves none to predict beside {correction} that correct, {refinement} that "
+                f"refine and {replay} that are replayed.",
                 "Take a larger --batch-size, or smaller shares.",
             )
-        sizes = {"kd": (prediction, config.kd), "replay": (replay, config.replay)}
-        for name, (taken, paths) in sizes.items():
+        parts = cls(prediction, correction, refinement, replay, shares)
+        parts._check_companions(config, processes)
+        return parts
+
+    def _check_companions(self, config: DistillConfig, processes: int) -> None:
+        """Raise `UsageError` where a companion has nothing to learn from."""
+        splits = [self.rows(index) for index in range(self.shares)] if processes > 1 else [self.joined.rows(0)]
+        needed = {"prediction": "predicts"} | ({"correction": "corrects"} if config.corrector else {})
+        for part, what in needed.items():
+            if any(_length(rows[part]) < 1 for rows in splits):
+                raise UsageError(
+                    f"A micro-batch has no sample that {what}, and processes learn from all of theirs together.",
+                    "Take a larger --batch-size or share of them, or a smaller optimizer.accumulation.",
+                )
+        for name, part, paths in (("kd", "prediction", config.kd), ("replay", "replay", config.replay)):
+            taken = min(_length(rows[part]) for rows in splits)
             if paths.adversary and taken < paths.points:
                 raise UsageError(
-                    f"{taken} samples in a micro-batch learn {paths.points} points of stored paths: an adversary needs "
-                    "an end among them.",
+                    f"{taken} samples together learn {paths.points} points of stored paths: an adversary needs an end "
+                    "among them.",
                     f"Take a larger --batch-size or share of them, or fewer {name}.points.",
                 )
-        return cls(prediction, correction, refinement, replay)
+
+    @property
+    def joined(self) -> Parts:
+        """The same batch in one piece."""
+        return replace(self, shares=1)
 
     def without_correction(self) -> Parts:
         """The same batch before there is a critic."""
-        return Parts(self.prediction + self.correction, 0, self.refinement, self.replay)
+        return replace(self, prediction=self.prediction + self.correction, correction=0)
+
+
+PARTS = ("prediction", "correction", "refinement", "replay")
+
+
+def _length(rows: slice) -> int:
+    return int(rows.stop - rows.start)
 
 
 @dataclass(frozen=True)
@@ -108,7 +166,7 @@ class MicroBatch:
     """The value of a micro-batch.
 
     Args:
-        terms: of the prediction.
+        terms: of the prediction; empty where it has no sample here.
         loss: scalar, with gradient: the mean over all samples, and beside it the companions' own.
         parts: named detached scalars worth watching.
         pulls: of each companion: the pull of what it is balanced against, and its own.
@@ -127,8 +185,7 @@ class Batch:
         work: what is trained.
         config: of the run.
         companions: those that learn in this update.
-        sizes: in each micro-batch.
-        shares: number of micro-batches.
+        sizes: of its parts, and how it is split.
         step: the update, from 1.
         progress: share of the training that is done, in [0, 1].
         generator: of this update.
@@ -140,85 +197,115 @@ class Batch:
         config: DistillConfig,
         companions: Mapping[str, Companion],
         sizes: Parts,
-        shares: int,
         step: int,
         progress: float,
         generator: torch.Generator,
     ) -> None:
         self.work, self.config, self.companions, self.sizes, self.step = work, config, companions, sizes, step
         pool = len(work.conditions)
-        prediction = work.objective.draw(generator, sizes.prediction * shares, pool, progress)
+        prediction = work.objective.draw(generator, sizes.prediction, pool, progress)
         correction = refinement = replay = adversary = None
         if work.corrector is not None and sizes.correction:
-            correction = work.corrector.draw(generator, sizes.correction * shares, pool)
+            correction = work.corrector.draw(generator, sizes.correction, pool)
         if work.refiner is not None:
-            refinement = work.refiner.draw(generator, sizes.refinement * shares, pool)
+            refinement = work.refiner.draw(generator, sizes.refinement, pool)
         if work.replay is not None:
-            replay = work.replay.draw(generator, sizes.replay * shares, pool, progress)
+            replay = work.replay.draw(generator, sizes.replay, pool, progress)
         if work.adversary is not None and "judge" in companions:
-            adversary = work.adversary.draw(generator, self._judged * shares)
+            adversary = work.adversary.draw(generator, getattr(sizes, self._judged))
         self.draws = Draws(prediction, correction, refinement, replay, adversary)
 
     @property
-    def _judged(self) -> int:
-        """How many samples of a micro-batch are regressed on the paths whose ends are judged."""
-        replayed = self.work.adversary is not None and self.work.adversary.beside == "replay"
-        return self.sizes.replay if replayed else self.sizes.prediction
+    def _judged(self) -> str:
+        """The part that is regressed on the paths whose ends are judged."""
+        return "prediction" if self.work.adversary is None else self.work.adversary.beside
 
     def micro_batch(self, student: Any, index: int, device: torch.device) -> MicroBatch:
         """Micro-batch ``index`` of all, on a device; ``student`` as the engine prepared it."""
-        work, draws, sizes = self.work, self.draws, self.sizes
+        work, draws, all_rows = self.work, self.draws, self.sizes.rows(index)
 
-        def mine(part: Any, draw: Any, size: int) -> tuple[Any, Cond]:
-            """Its rows of a draw, and their conditions."""
-            taken = part.take(draw, slice(index * size, (index + 1) * size), device)
+        def mine(part: Any, draw: Any, name: str) -> tuple[Any, Cond] | None:
+            """Its rows of a draw, and their conditions; None where it has none."""
+            if part is None or draw is None or not _length(all_rows[name]):
+                return None
+            taken = part.take(draw, all_rows[name], device)
             return taken, work.conditions.rows(taken.rows).to(device)
 
-        predicted, cond = mine(work.objective, draws.prediction, sizes.prediction)
-        terms = work.objective.loss(student, predicted, cond)
-        batch = MicroBatch(terms, terms.loss * sizes.prediction / sizes.whole, dict(terms.parts), {})
-        regression = terms
+        none = torch.zeros(0, device=device)
+        batch = MicroBatch(Terms(none.sum(), {}, none, none.double().cpu(), none), none.sum(), {}, {})
+        regressed: dict[str, tuple[Terms, Cond]] = {}
+        if (given := mine(work.objective, draws.prediction, "prediction")) is not None:
+            batch.terms = work.objective.loss(student, *given)
+            batch.loss = batch.terms.loss * self._weight("prediction", all_rows)
+            batch.parts |= batch.terms.parts
+            regressed["prediction"] = batch.terms, given[1]
         if work.corrector is not None and draws.correction is not None:
-            self._correct(batch, work.corrector, student, *mine(work.corrector, draws.correction, sizes.correction))
-        if work.refiner is not None:
-            refinement = work.refiner.loss(student, *mine(work.refiner, draws.refinement, sizes.refinement))
-            batch.loss = batch.loss + refinement * sizes.refinement / sizes.whole
+            given = mine(work.corrector, draws.correction, "correction")
+            self._correct(batch, work.corrector, student, given, all_rows)
+        if work.refiner is not None and (given := mine(work.refiner, draws.refinement, "refinement")) is not None:
+            refinement = work.refiner.loss(student, *given)
+            batch.loss = batch.loss + refinement * self._weight("refinement", all_rows)
             batch.parts["refinement"] = refinement.detach()
-        if work.replay is not None:
-            replayed, replayed_cond = mine(work.replay, draws.replay, sizes.replay)
-            replay = work.replay.loss(student, replayed, replayed_cond)
-            batch.loss = batch.loss + replay.loss * sizes.replay / sizes.whole
+        if work.replay is not None and (given := mine(work.replay, draws.replay, "replay")) is not None:
+            replay = work.replay.loss(student, *given)
+            batch.loss = batch.loss + replay.loss * self._weight("replay", all_rows)
             batch.parts["replay"] = replay.loss.detach()
-            if work.adversary is not None and work.adversary.beside == "replay":
-                regression, cond = replay, replayed_cond
-        if work.adversary is not None and draws.adversary is not None:
-            rows = slice(index * self._judged, (index + 1) * self._judged)
-            self._judge(batch, work.adversary, regression, work.adversary.take(draws.adversary, rows, device), cond)
+            regressed["replay"] = replay, given[1]
+        if work.adversary is not None and draws.adversary is not None and self._judged in regressed:
+            rows = all_rows[self._judged]
+            draw = work.adversary.take(draws.adversary, rows, device)
+            self._judge(batch, work.adversary, *regressed[self._judged], draw, all_rows)
         return batch
 
-    def _correct(self, batch: MicroBatch, corrector: Corrector, student: Any, draw: CorrectorDraw, cond: Cond) -> None:
+    def _weight(self, part: str, rows: Mapping[str, slice], *, of_all: bool = True) -> float:
+        """What the mean over a part's samples here weighs in the mean over micro-batches: then that is the mean over
+        all samples of the batch, or, unless ``of_all``, over those of the part."""
+        whole = self.sizes.whole if of_all else getattr(self.sizes, part)
+        return _length(rows[part]) * self.sizes.shares / whole
+
+    def _correct(
+        self,
+        batch: MicroBatch,
+        corrector: Corrector,
+        student: Any,
+        given: tuple[CorrectorDraw, Cond] | None,
+        rows: Mapping[str, slice],
+    ) -> None:
         """Add the corrector's loss."""
+        if given is None:
+            batch.pulls["critic"] = batch.terms.pull, batch.terms.pull[:0]
+            return
         critic = self.companions["critic"]
         listens = critic.is_heard(self.step)
-        correction = corrector.loss(student, critic.prepared, draw, cond, listens=listens)
-        batch.loss = batch.loss + correction.critic
+        correction = corrector.loss(student, critic.prepared, *given, listens=listens)
+        batch.loss = batch.loss + correction.critic * self._weight("correction", rows, of_all=False)
         batch.parts |= {"critic": correction.critic.detach(), "gap": correction.gap.mean()}
         batch.pulls["critic"] = batch.terms.pull, correction.pull
         if listens:
             kappa = self.config.correction.balance * critic.balance.ratio
-            batch.loss = batch.loss + kappa * correction.student * self.sizes.correction / self.sizes.whole
+            batch.loss = batch.loss + kappa * correction.student * self._weight("correction", rows)
 
     def _judge(
-        self, batch: MicroBatch, adversary: Adversary, regression: Terms, draw: AdversaryDraw, cond: Cond
+        self,
+        batch: MicroBatch,
+        adversary: Adversary,
+        regression: Terms,
+        cond: Cond,
+        draw: AdversaryDraw,
+        rows: Mapping[str, slice],
     ) -> None:
         """Add the adversary's loss."""
         assert regression.ends is not None, "it stands beside a regression on stored paths"
         judge = self.companions["judge"]
         listens = judge.is_heard(self.step)
+        if not len(regression.ends.rows):
+            batch.pulls |= {"judge": (regression.pull, regression.pull[:0])} if listens else {}
+            return
         verdict = adversary.loss(judge.prepared, regression.ends, draw, cond, listens=listens)
-        batch.loss = batch.loss + verdict.judge
+        batch.loss = batch.loss + verdict.judge * self._weight(self._judged, rows, of_all=False)
         batch.parts["judge"] = verdict.judge.detach()
         if listens:
             kappa = adversary.balance * judge.balance.ratio
-            batch.loss = batch.loss + kappa * verdict.student * regression.ends.count / self.sizes.whole
+            share = regression.ends.count * self.sizes.shares / self.sizes.whole
+            batch.loss = batch.loss + kappa * verdict.student * share
             batch.pulls["judge"] = regression.pull, verdict.pull

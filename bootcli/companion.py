@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,12 @@ class Companion:
     def is_heard(self, step: int) -> bool:
         """Whether it knows enough for the student to listen."""
         return step > self.settings.start + self.settings.warmup
+
+    def heard(self) -> Companion:
+        """The same, which the student listens to at once, and which learns in this process alone: for a trial."""
+        trial = copy.copy(self)
+        trial.prepared, trial.settings = self.network, replace(self.settings, start=0, warmup=0)
+        return trial
 
     def state(self, name: str) -> dict[str, Tensor]:
         """What a resumed run needs, beside its balance; below ``name``."""

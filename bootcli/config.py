@@ -45,16 +45,19 @@ class StudentConfig:
     """Time of the teacher whose features the student starts with; None is 0.5 for an x0 head, else 1: its own."""
     t_min: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Target time of a sample."""
+    lora_rank: Count = 0
+    """Rank of a LoRA in the teacher's own network, whose weights are then held once; 0: the whole network learns."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Optimisation (`bootcli.optimizer`, `bootcli.trainer`)."""
 
-    name: Literal["muon", "adamw"] = "muon"
-    """Both take the same learning rate; Muon learns more per update, and keeps one moment instead of two."""
-    accumulation: Positive = 1
-    """Batches per update."""
+    name: Literal["muon", "adamw", "adamw8bit"] = "muon"
+    """All take the same learning rate. Muon learns more per update, and keeps one moment instead of two; adamw8bit
+    keeps AdamW's two in eight bits each (bitsandbytes)."""
+    accumulation: Positive | None = None
+    """Micro-batches that a batch is split into; None: on a GPU as few as fit into its memory, otherwise 1."""
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     weight_decay: Annotated[float, Ge(0)] = 0.0
     clip_norm: PositiveFloat = 1.0
@@ -212,6 +215,20 @@ class RefinerConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """What is held where, and how (`bootcli.pipelines.setup`); see also optimizer.name and gradient_checkpointing."""
+
+    half_teacher: bool = False
+    """Hold the frozen teacher in the half precision that the run multiplies in: what is rounded anew are biases and
+    norms, and what is computed outside of that precision, such as previews."""
+    offload_teacher: bool = False
+    """Hold the teacher on the CPU while the student learns; not with a LoRA, which shares its weights, nor with an
+    adversary, which looks through them."""
+    offload_ema: bool = False
+    """Hold the weight average on the CPU."""
+
+
+@dataclass(frozen=True)
 class WatchConfig:
     """What is measured while training (`bootcli.watch`): the best student is kept, warnings are given."""
 
@@ -268,6 +285,7 @@ class DistillConfig:
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     refiner: RefinerConfig = field(default_factory=RefinerConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
 
 

@@ -6,13 +6,12 @@ It begins as the teacher, either as a full copy or as a LoRA on the teacher's ow
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 from torch import Tensor, nn
 
 from bootcli.config import CorrectionConfig
-from bootcli.errors import UsageError
+from bootcli.lora import Lora
 from bootcli.teachers.protocol import Cond, Teacher
 
 
@@ -26,38 +25,18 @@ class Critic(nn.Module):
     Raises `UsageError` for a LoRA where the teacher names no modules for one.
     """
 
+    net: nn.Module
+
     def __init__(self, teacher: Teacher, config: CorrectionConfig) -> None:
         super().__init__()
         self.teacher = teacher
-        if config.critic == "full":
+        self.lora = Lora(teacher, "critic", config.lora_rank) if config.critic == "lora" else None
+        if self.lora is None:
             self.net = copy.deepcopy(teacher.net).float().requires_grad_(True)
-            self._adapters: list[nn.Module] = []
-            return
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        targets = teacher.lora_targets()
-        if not targets:
-            raise UsageError("This teacher names no modules for a LoRA.", "Use --set correction.critic=full.")
-        lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=list(targets))
-        self.net = inject_adapter_in_model(lora, teacher.net)
-        self._adapters = [module for module in self.net.modules() if isinstance(module, BaseTunerLayer)]
-        self._switch(on=False)
+        else:
+            self.__dict__["net"] = teacher.net  # not registered: what the critic learns is the LoRA
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The raw prediction, (b, c, h, w); t (b,) float64 on the CPU."""
-        with self._adapted():
+        with nullcontext() if self.lora is None else self.lora.active():
             return self.teacher.predict(self.net, x_t, t, cond)
-
-    @contextmanager
-    def _adapted(self) -> Iterator[None]:
-        self._switch(on=True)
-        try:
-            yield
-        finally:
-            self._switch(on=False)
-
-    def _switch(self, *, on: bool) -> None:
-        # peft's own switch also freezes the adapters, and a backward pass that comes later would leave them out.
-        for adapter in self._adapters:
-            adapter._disable_adapters = not on  # type: ignore[assignment]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, cpu_offload_with_hook
 from accelerate.state import AcceleratorState
+from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from bootcli.config import Device, MixedPrecision
-from bootcli.errors import UsageError
+from bootcli.errors import DoesNotFit, UsageError
 
 
 def pick_device(device: Device) -> torch.device:
@@ -32,6 +34,11 @@ def multiplies_bf16(device: torch.device) -> bool:
         found = torch.cpu.get_capabilities()
         return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
     return False
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device had not enough memory."""
+    return isinstance(error, DoesNotFit) or bool(should_reduce_batch_size(error))
 
 
 class Engine:
@@ -72,6 +79,11 @@ class Engine:
         """Whether this process writes files and prints."""
         return bool(self._accelerator.is_main_process)
 
+    @property
+    def half(self) -> torch.dtype:
+        """What mixed precision multiplies in."""
+        return torch.float16 if self.mixed_precision == "fp16" else torch.bfloat16
+
     def autocast(self) -> AbstractContextManager[object]:
         """Networks inside compute in the mixed precision."""
         context: AbstractContextManager[object] = self._accelerator.autocast()
@@ -83,6 +95,33 @@ class Engine:
         # Our own `autocast` stands around every loss; accelerate's, inside forward, could not be switched off there.
         self._accelerator.unwrap_model(module, keep_fp32_wrapper=False)
         return module, optimizer
+
+    def offload(self, module: nn.Module) -> Callable[[], None]:
+        """Hold a module on the CPU until it is called; what is returned sends it back there."""
+        _, hook = cpu_offload_with_hook(module, self.device)
+        return lambda: hook.offload()
+
+    def largest_that_fits(self, attempt: Callable[[int], None], sizes: Sequence[int]) -> int:
+        """The first of some falling sizes for which ``attempt`` does not run out of memory.
+
+        Raises `DoesNotFit` where there is none.
+        """
+        left = iter([*sizes[1:], 0])
+
+        @find_executable_batch_size(starting_batch_size=sizes[0], reduce_batch_size_fn=lambda: next(left))  # type: ignore[untyped-decorator]
+        def run(batch_size: int) -> int:
+            attempt(batch_size)
+            return batch_size
+
+        try:
+            return int(run())
+        except RuntimeError as error:
+            if "reached zero" not in str(error):
+                raise
+            raise DoesNotFit(
+                f"Not even a micro-batch of {sizes[-1]} fits into the memory of {self.device}.",
+                "What would make it fit says: bootcli distill --dry-run",
+            ) from None
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients, scaled where the precision needs it."""

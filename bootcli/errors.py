@@ -17,6 +17,10 @@ class BootError(Exception):
         self.hint = hint
 
 
+class DoesNotFit(BootError):
+    """A device has not enough memory. Exit code 1."""
+
+
 class UsageError(BootError):
     """The command line or configuration asks for something impossible. Exit code 2."""
 

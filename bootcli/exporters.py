@@ -25,7 +25,7 @@ from bootcli.errors import BootError
 from bootcli.store.artifact import Artifact
 from bootcli.store.tensors import read_tensors, write_tensors
 from bootcli.student import Student
-from bootcli.teachers.protocol import Cond, Exporter, Head
+from bootcli.teachers.protocol import Cond, Exporter, Head, LoraExporter
 from bootcli.teachers.registry import family_named
 
 NETWORK = "network.safetensors"
@@ -72,7 +72,11 @@ class Format:
 def formats_of(artifact: Artifact) -> dict[str, Format]:
     """Every format this student can be written in, by name."""
     general = {"safetensors": Format(write_network, run_network, "loaded back by bootcli")}
-    return general | {name: _of_family(one) for name, one in artifact.student.teacher.export_formats().items()}
+    teacher = artifact.student.teacher
+    formats = general | {name: _of_family(one) for name, one in teacher.export_formats().items()}
+    if artifact.lora is not None:
+        formats |= {name: _of_lora(one) for name, one in teacher.lora_formats().items()}
+    return formats
 
 
 def _of_family(exporter: Exporter) -> Format:
@@ -84,6 +88,17 @@ def _of_family(exporter: Exporter) -> Format:
         return run_script(exporter.check, folder, inputs)
 
     return Format(write, run, "loaded and run in a fresh process without bootcli")
+
+
+def _of_lora(exporter: LoraExporter) -> Format:
+    def write(artifact: Artifact, folder: Path) -> None:
+        assert artifact.lora is not None, "formats_of offers this for a LoRA only"
+        exporter.write(artifact.student.teacher, artifact.lora, folder)
+
+    def run(folder: Path, inputs: Tensors) -> Tensors:
+        return run_script(exporter.check, folder, inputs, str(exporter.base))
+
+    return Format(write, run, "loaded onto the teacher and run in a fresh process without bootcli")
 
 
 @torch.no_grad()
@@ -109,13 +124,16 @@ def largest_difference(student: Student, cond: Cond, run: Callable[[Tensors], Te
     return float(differences.max())  # of tensors, unlike Python's max: a NaN anywhere stays a NaN
 
 
-def run_script(script: Path, folder: Path, inputs: Tensors) -> dict[str, Tensor]:
-    """Run an `Exporter.check` in a fresh process that cannot import bootcli. Raises `BootError` where it fails."""
+def run_script(script: Path, folder: Path, inputs: Tensors, *more: str) -> dict[str, Tensor]:
+    """Run an `Exporter.check` in a fresh process that cannot import bootcli, with ``more`` arguments behind its own.
+
+    Raises `BootError` where it fails.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         given, made = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, given)
         # -P: neither the working folder nor the script's own is searched for modules.
-        command = [sys.executable, "-P", "-c", _WITHOUT_BOOTCLI, *map(str, (script, folder, given, made))]
+        command = [sys.executable, "-P", "-c", _WITHOUT_BOOTCLI, *map(str, (script, folder, given, made)), *more]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

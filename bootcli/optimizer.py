@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
 
 from bootcli.config import DistillConfig, OptimizerConfig
+from bootcli.errors import UsageError
 from bootcli.muon import Muon
 
 
 def make_optimizer(module: nn.Module, config: DistillConfig) -> torch.optim.Optimizer:
     """The optimiser of all parameters of a module that need gradients.
 
-    Both names take the same learning rate.
+    All names take the same learning rate. Raises `UsageError` for one that is not installed, or not for this device.
     """
     settings = config.optimizer
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -31,8 +32,28 @@ def make_optimizer(module: nn.Module, config: DistillConfig) -> torch.optim.Opti
                 betas=settings.betas,
                 fused=parameters[0].device.type in ("cpu", "cuda"),
             )
+        case "adamw8bit":
+            kind = _eight_bits(parameters[0].device)
+            optimizer: torch.optim.Optimizer = kind(
+                parameters, lr=config.learning_rate, weight_decay=settings.weight_decay, betas=settings.betas
+            )
+            return optimizer
         case _:
             assert_never(settings.name)
+
+
+def _eight_bits(device: torch.device) -> Any:
+    """The class of bitsandbytes."""
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"optimizer.name = adamw8bit does not run on {device.type}.", "Use adamw or muon.")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except Exception as error:  # missing, or without a library for this machine, which it says in many ways
+        raise UsageError(
+            f"optimizer.name = adamw8bit needs bitsandbytes, which cannot be imported: {error!s:.200}.",
+            "Install it with: pip install 'bootcli[8bit]'",
+        ) from error
+    return AdamW8bit
 
 
 def learning_rate(config: OptimizerConfig, peak: float, step: int, steps: int, time_used: float = 0.0) -> float:
@@ -61,15 +82,20 @@ def learning_rate(config: OptimizerConfig, peak: float, step: int, steps: int, t
 
 def optimizer_tensors(name: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of an optimiser for a checkpoint: ``name.parameter.slot`` to tensor."""
-    state = optimizer.state_dict()["state"]
-    return {f"{name}.{i}.{slot}": value for i, slots in state.items() for slot, value in slots.items()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {  # bitsandbytes counts its steps in plain integers
+        f"{name}.{i}.{slot}": torch.as_tensor(value)
+        for i, p in enumerate(parameters)
+        for slot, value in optimizer.state.get(p, {}).items()
+    }
 
 
 def load_optimizer(name: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Take back what `optimizer_tensors` gave, among other tensors. Raises `ValueError` where it does not fit."""
-    slots: dict[int, dict[str, Tensor]] = {}
+    slots: dict[int, dict[str, Tensor | int]] = {}
     for key, tensor in tensors.items():
         if key.startswith(f"{name}."):
             index, slot = key.removeprefix(f"{name}.").split(".")
-            slots.setdefault(int(index), {})[slot] = tensor
+            count = tensor.ndim == 0 and not tensor.is_floating_point()
+            slots.setdefault(int(index), {})[slot] = int(tensor) if count else tensor
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})

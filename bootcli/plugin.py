@@ -24,7 +24,17 @@ if TYPE_CHECKING:
     )
     from bootcli.maths.threshold import Clip, Dynamic, NoThreshold, Threshold
     from bootcli.teachers.feature_folder import load_feature_space
-    from bootcli.teachers.protocol import Clock, Cond, Exporter, FeatureSpace, Head, Teacher, TeacherSpec
+    from bootcli.teachers.protocol import (
+        Clock,
+        Cond,
+        Exporter,
+        FeatureSpace,
+        Head,
+        LoraExporter,
+        LoraWeights,
+        Teacher,
+        TeacherSpec,
+    )
     from bootcli.teachers.weights import misfit, read_archive
     from bootcli.testing import check_teacher
 
@@ -41,7 +51,17 @@ _HOMES = {
     ),
     "bootcli.maths.threshold": ("Clip", "Dynamic", "NoThreshold", "Threshold"),
     "bootcli.teachers.feature_folder": ("load_feature_space",),
-    "bootcli.teachers.protocol": ("Clock", "Cond", "Exporter", "FeatureSpace", "Head", "Teacher", "TeacherSpec"),
+    "bootcli.teachers.protocol": (
+        "Clock",
+        "Cond",
+        "Exporter",
+        "FeatureSpace",
+        "Head",
+        "LoraExporter",
+        "LoraWeights",
+        "Teacher",
+        "TeacherSpec",
+    ),
     "bootcli.teachers.weights": ("misfit", "read_archive"),
     "bootcli.testing": ("check_teacher",),
 }
@@ -61,6 +81,8 @@ __all__ = [
     "FeatureSpace",
     "Head",
     "LinearPath",
+    "LoraExporter",
+    "LoraWeights",
     "NoThreshold",
     "PredictionType",
     "Schedule",

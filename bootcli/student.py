@@ -1,4 +1,6 @@
-"""The student: a copy of the teacher's network that maps prior noise and a wanted time to the signal, in one call.
+"""The student: it maps prior noise and a wanted time to the signal, in one call.
+
+It is a copy of the teacher's network, or a LoRA in that.
 
 | code | paper | shape |
 |---|---|---|
@@ -15,10 +17,12 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from bootcli.lora import Lora
 from bootcli.maths.prediction import to_x0
 from bootcli.teachers.protocol import Cond, Head, Teacher
 
@@ -58,17 +62,25 @@ class Student(nn.Module):
     """y(eps, t, c).
 
     Args:
-        teacher: its family's knowledge (how to call the network, where to inject); its weights are copied.
+        teacher: its family's knowledge (how to call the network, where to inject); its weights are copied, or shared
+            where there is a LoRA.
         head: ``native`` reads the output as the teacher's prediction type at t = 1 and converts it to x_0; ``x0``
             reads the output as y itself.
         t_min: the target time of a sample.
+        lora: of the student, in the teacher's network; None: the whole network learns.
     """
 
-    def __init__(self, teacher: Teacher, head: Head, t_min: float) -> None:
+    net: nn.Module
+
+    def __init__(self, teacher: Teacher, head: Head, t_min: float, lora: Lora | None = None) -> None:
         super().__init__()
         self.teacher = teacher
         self.head: Head = head
-        self.net = copy.deepcopy(teacher.net).float().requires_grad_(True)
+        self.lora = lora
+        if lora is None:
+            self.net = copy.deepcopy(teacher.net).float().requires_grad_(True)
+        else:
+            self.__dict__["net"] = teacher.net  # not registered: what the student learns is the LoRA
         site, width = teacher.embedding_site(self.net)
         self.time_branch = TimeBranch(width, t_min)
         self._offset: Tensor | None = None
@@ -102,10 +114,20 @@ class Student(nn.Module):
         spec = self.teacher.spec
         x = spec.schedule.prior_scale * eps if start is None else eps
         at = torch.ones(len(eps), dtype=torch.float64) if start is None else start
-        output = self.teacher.predict(self.net, x, at, cond).float()
+        with self._adapted():
+            output = self.teacher.predict(self.net, x, at, cond).float()
         if self.head == "x0":
             return output
         return to_x0(spec.prediction, output, x.float(), spec.schedule(at))
+
+    def _adapted(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.lora is None else self.lora.active()
+
+    def merge(self) -> None:
+        """Fold a LoRA into the network, which is no longer the teacher's: from here on this is an ordinary student."""
+        if self.lora is not None:
+            del self.__dict__["net"]
+            self.net, self.lora = self.lora.merge(), None
 
     def start_at(self, mean: Tensor) -> None:
         """Make an ``x0`` head a good place to start from.

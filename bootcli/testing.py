@@ -18,7 +18,7 @@ from bootcli.closed_form import GaussianMixtureTeacher, GaussianTeacher
 from bootcli.errors import UsageError
 from bootcli.maths.prediction import PredictionType
 from bootcli.teachers.family import TeacherFamily
-from bootcli.teachers.protocol import Conditioning, Exporter, Head, Teacher
+from bootcli.teachers.protocol import Conditioning, Exporter, Head, LoraExporter, Teacher
 from bootcli.testing_network import NETWORK_CLAUSES, Clause, ConformanceError, Probe, finite, need
 
 __all__ = ["ConformanceError", "GaussianMixtureTeacher", "GaussianTeacher", "check_teacher"]
@@ -136,8 +136,12 @@ def description_is_text(probe: Probe) -> None:
 
 def exporters_are_complete(probe: Probe) -> None:
     """Every export format has a writer and a script that checks what was written."""
-    for name, exporter in probe.teacher.export_formats().items():
-        need(isinstance(exporter, Exporter), f"export format {name!r} is not an Exporter.")
+    formats, of_lora = probe.teacher.export_formats(), probe.teacher.lora_formats()
+    need(not formats.keys() & of_lora.keys(), "an export format has the name of one for a LoRA.")
+    both: dict[str, Exporter | LoraExporter] = {**formats, **of_lora}
+    for name, exporter in both.items():
+        kind = LoraExporter if name in of_lora else Exporter
+        need(isinstance(exporter, kind), f"export format {name!r} is no {kind.__name__}.")
         need(callable(exporter.write), f"the writer of export format {name!r} cannot be called.")
         need(exporter.check.is_file(), f"the check of export format {name!r} is no file: {exporter.check}.")
 

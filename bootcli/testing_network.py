@@ -225,6 +225,18 @@ def gradient_checkpointing_is_neutral(probe: Probe) -> None:
     except BootError:
         return
     need(probe.same(probe.predict(0.5, net=net), probe.predict(0.5)), "gradient checkpointing changes the prediction.")
+    calls = []
+
+    def function(block: Any, *inputs: Any) -> Any:
+        calls.append(block)
+        return block(*inputs)
+
+    probe.teacher.enable_gradient_checkpointing(net, function)
+    probe.predict(0.5, net=net)
+    need(not calls, "gradient checkpointing works where there are no gradients.")
+    net.requires_grad_(True)
+    probe.teacher.predict(net, probe.x_t, torch.full((2,), 0.5, dtype=torch.float64), probe.cond)
+    need(calls, "gradient checkpointing does not call the function that it is given.")
 
 
 NETWORK_CLAUSES: tuple[Clause, ...] = (

@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from bootcli.config import DistillConfig
 from bootcli.ema import EMA
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
+from bootcli.memory import learned, optimizer_bytes
 from bootcli.optimizer import learning_rate, load_optimizer, make_optimizer, optimizer_tensors
 
 RESIDUAL_BINS = 5
@@ -66,32 +67,77 @@ class Trainer:
 
     Args:
         work: networks and objectives, on the engine's device.
-        config: optimisation settings.
+        config: optimisation settings; where it leaves open how a batch is split, that is found here.
         engine: device, precision, processes.
     """
 
     def __init__(self, work: Work, config: DistillConfig, engine: Engine) -> None:
-        shares = config.optimizer.accumulation * engine.num_processes
-        if config.batch_size % shares:
-            raise UsageError(
-                f"batch_size {config.batch_size} cannot be split into {config.optimizer.accumulation} micro-batches "
-                f"on {engine.num_processes} processes.",
-                "Make it a multiple of their product.",
-            )
         self.work = work
         self.config = config
         self.engine = engine
         self.step = 0
         self.seconds = 0.0
-        self.parts = Parts.of(config, config.batch_size // shares)
+        self.parts = Parts.of(config, config.optimizer.accumulation or 1, engine.num_processes)
         student = work.student
-        self.ema = EMA(student, config.optimizer.ema_decay, config.optimizer.ema_ramp)
+        where = torch.device("cpu") if config.memory.offload_ema else None
+        self.ema = EMA(student, config.optimizer.ema_decay, config.optimizer.ema_ramp, where)
         self._module, self.optimizer = engine.prepare(student, make_optimizer(student, config))
         self.companions: dict[str, Companion] = {}
         if work.critic is not None:
             self.companions["critic"] = Companion(work.critic, config.correction, config, engine)
         if work.judge is not None:
             self.companions["judge"] = Companion(work.judge, config.adversary, config, engine)
+        if config.optimizer.accumulation is None:
+            self.split(self.fitting() if engine.device.type == "cuda" else 1)
+
+    def split(self, accumulation: int) -> None:
+        """Take so many micro-batches for each update."""
+        optimizer = dataclasses.replace(self.config.optimizer, accumulation=accumulation)
+        self.config = dataclasses.replace(self.config, optimizer=optimizer)
+        self.parts = Parts.of(self.config, accumulation, self.engine.num_processes)
+
+    def fitting(self) -> int:
+        """Micro-batches of an update, as few as fit into the memory; found by trying, and the same in all processes.
+
+        Raises `DoesNotFit` where the smallest does not.
+        """
+        mine = self.config.batch_size // self.engine.num_processes
+        splits: dict[int, Parts] = {}
+        size = mine
+        while size:
+            with suppress(UsageError):  # too small for what has to be in it
+                splits[size] = Parts.of(self.config, mine // size, self.engine.num_processes)
+            size = max((n for n in range(1, size // 2 + 1) if mine % n == 0), default=0)
+        fits = self.engine.largest_that_fits(lambda size: self._try(splits[size]), list(splits))
+        return self.engine.largest(mine // fits)
+
+    def _try(self, sizes: Parts) -> None:
+        """Gradients of one micro-batch of each composition, with everything there may be in an update; nothing is
+        learned. No process waits for another: one may run out of memory alone."""
+        work, engine, config = self.work, self.engine, self.config
+        keepers = [part for part in (work.objective, work.replay) if part is not None]
+        kept = [part.state() for part in keepers]
+        owners = [work.student, *(each.network for each in self.companions.values())]
+        room = sum(optimizer_bytes([p.shape for p in learned(owner)], config.optimizer.name) for owner in owners)
+        compositions = {
+            tuple(rows.stop - rows.start for rows in sizes.rows(index).values()): index for index in range(sizes.shares)
+        }
+        later = torch.empty(room, dtype=torch.uint8, device=engine.device)  # what the optimisers will hold
+        try:
+            for part in keepers:
+                part.load_state(part.stand_in())
+            companions = {name: each.heard() for name, each in self.companions.items()}
+            for index in compositions.values():
+                batch = Batch(work, config, companions, sizes, 1, 0.0, stream(config.seed, 0))
+                with engine.autocast():
+                    loss = batch.micro_batch(work.student, index, engine.device).loss
+                engine.backward(loss)
+        finally:
+            del later
+            for owner in owners:
+                owner.zero_grad()
+            for part, state in zip(keepers, kept, strict=True):
+                part.load_state(state)
 
     def run(self) -> Iterator[StepReport]:
         """Advance to ``config.steps``, one report per update.
@@ -140,13 +186,14 @@ class Trainer:
         """Gradients of this process's share of the batch, in micro-batches."""
         config, engine, work = self.config, self.engine, self.work
         generator = stream(config.seed, step)
-        micro = config.optimizer.accumulation
-        shares, present = micro * engine.num_processes, self._present(step)
+        present = self._present(step)
         sizes = self.parts if "critic" in present else self.parts.without_correction()
-        work.objective.renew(generator, sizes.prediction * shares, step, engine)
+        micro = sizes.shares // engine.num_processes
+        at_once = sizes.whole // sizes.shares
+        work.objective.renew(generator, sizes.prediction, step, engine, min(at_once, sizes.prediction))
         if work.replay is not None:
-            work.replay.renew(generator, sizes.replay * shares, step, engine)
-        batch = Batch(work, config, present, sizes, shares, step, progress, generator)
+            work.replay.renew(generator, sizes.replay, step, engine, min(at_once, sizes.replay))
+        batch = Batch(work, config, present, sizes, step, progress, generator)
         done = []
         for part in range(micro):
             index = part * engine.num_processes + engine.rank
@@ -156,10 +203,17 @@ class Trainer:
                     for module in (self._module, *(companion.prepared for companion in present.values())):
                         context.enter_context(engine.no_sync(module))
                 each = batch.micro_batch(self._module, index, engine.device)
+            if work.offload_teacher is not None:
+                work.offload_teacher()
             engine.backward(each.loss / micro)
             done.append(each)
         self._balance(done)
         return done
+
+    @property
+    def _base(self) -> str | None:
+        """The fingerprint of what a LoRA is trained on."""
+        return None if self.work.student.lora is None else self.work.student.lora.base
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: tensors, and JSON-able facts."""
@@ -180,11 +234,17 @@ class Trainer:
             "seconds": self.seconds,
             "balance": {name: dataclasses.asdict(each.balance) for name, each in self.companions.items()},
             "scaler": scaler.state_dict() if scaler else None,
+            "base": self._base,
         }
         return tensors, facts
 
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Continue from what `state` gave, bit for bit. Raises `KeyError` or `RuntimeError` where it does not fit."""
+        """Continue from what `state` gave, bit for bit.
+
+        Raises `KeyError`, `RuntimeError` or `ValueError` where it does not fit.
+        """
+        if facts.get("base") != self._base:
+            raise ValueError("its LoRA was trained on other weights of the teacher")
         self.work.student.load_state_dict(_below(tensors, "student."))
         averages = _below(tensors, "ema.")
         self.ema.weights = {name: averages[name].to(p.device) for name, p in self.ema.weights.items()}
@@ -204,10 +264,13 @@ class Trainer:
 
     def _balance(self, batches: list[MicroBatch]) -> None:
         """Take the pulls of this update into the balances of the next ones."""
-        for name in batches[0].pulls:
-            pairs = zip(*(each.pulls[name] for each in batches), strict=True)
-            both = self.engine.mean(torch.stack([torch.cat(pulls).mean() for pulls in pairs]))
-            self.companions[name].balance = self.companions[name].balance.updated(float(both[0]), float(both[1]))
+        for name in {name: None for each in batches for name in each.pulls}:
+            pairs = zip(*(each.pulls[name] for each in batches if name in each.pulls), strict=True)
+            pulls = [torch.cat(each) for each in pairs]
+            totals = self.engine.mean(torch.stack([each.sum() for each in pulls]))
+            counts = self.engine.mean(torch.tensor([float(len(each)) for each in pulls], device=self.engine.device))
+            prediction, other = (totals / counts).tolist()
+            self.companions[name].balance = self.companions[name].balance.updated(prediction, other)
 
 
 def report(
@@ -217,10 +280,14 @@ def report(
     residual = torch.cat([each.terms.residual for each in batches]).double().cpu()
     t = torch.cat([each.terms.t for each in batches]).double().cpu()
     bins = (t * RESIDUAL_BINS / t_max).long().clamp(max=RESIDUAL_BINS - 1)
+    parts: dict[str, list[Tensor]] = {}
+    for each in batches:
+        for name, value in each.parts.items():
+            parts.setdefault(name, []).append(value)
     return StepReport(
         step=step,
         loss=loss,
-        parts={name: float(torch.stack([each.parts[name] for each in batches]).mean()) for name in batches[0].parts},
+        parts={name: float(torch.stack(values).mean()) for name, values in parts.items()},
         residual=float(residual.mean()),
         residual_bins=tuple(float(residual[bins == i].mean()) for i in range(RESIDUAL_BINS)),
         grad_norm=norm,

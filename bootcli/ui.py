@@ -34,6 +34,11 @@ def duration(seconds: float) -> str:
     return f"{minutes}m {left:02d}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"
 
 
+def size(count: int) -> str:
+    """``1610612736`` -> ``1.50 GiB``; below a hundredth of that in MiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 100 else f"{count / 2**20:.2f} MiB"
+
+
 def print_facts(facts: Mapping[str, object], title: str = "") -> None:
     """Labels and values in two columns on stdout, under a title if there is one."""
     console = _stdout()

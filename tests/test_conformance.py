@@ -175,6 +175,17 @@ class Confusion(GaussianMixtureTeacher):
         net.get_parameter("means").data.add_(1)
 
 
+class Deaf(GaussianMixtureTeacher):
+    def enable_gradient_checkpointing(self, net: nn.Module, function: Callable[..., Any] | None = None) -> None:
+        pass
+
+
+class Eager(GaussianMixtureTeacher):
+    def enable_gradient_checkpointing(self, net: nn.Module, function: Callable[..., Any] | None = None) -> None:
+        if function is not None:
+            net.register_forward_pre_hook(lambda module, args: function(lambda: None))
+
+
 class Unjson(GaussianMixtureTeacher):
     def config(self) -> dict[str, object]:
         return super().config() | {"prediction": {self.spec.prediction}}
@@ -271,6 +282,8 @@ CASES: Mapping[str, Case] = {
     "feature layer runs twice": Case("feature_layers_give_maps", lambda: mixture(Twice)),
     "features are vectors": Case("feature_layers_give_maps", lambda: layers("embedding")),
     "checkpointing changes": Case("gradient_checkpointing_is_neutral", lambda: mixture(Confusion)),
+    "checkpointing of its own": Case("gradient_checkpointing_is_neutral", lambda: mixture(Deaf)),
+    "checkpointing without gradients": Case("gradient_checkpointing_is_neutral", lambda: mixture(Eager)),
     "every class": Case("conditions_are_checked", lambda: mixture(AnyClass, conditioning="class")),
     "text without text": Case("conditions_are_checked", lambda: respec(conditioning="text")),
     "one row": Case("conditions_are_checked", lambda: mixture(OneRow, conditioning="class")),

@@ -22,7 +22,8 @@ from bootcli.errors import BootError, UsageError
 from bootcli.objectives.adversary import Adversary
 from bootcli.objectives.corrector import Corrector
 from bootcli.pipelines import distill as pipeline
-from bootcli.pipelines.distill import distill, dry_run
+from bootcli.pipelines.distill import distill
+from bootcli.pipelines.estimate import dry_run
 from bootcli.pipelines.events import Finished, Previewed, Saved, Started, Stepped
 from bootcli.pipelines.settings import resolve_config, resume_config
 from bootcli.pipelines.setup import set_up

@@ -108,6 +108,9 @@ def _explain(error: Exception) -> BootError:
         return BootError(f"{DISK_FULL}{name}.", "Free some space; a run with a checkpoint goes on with --resume.")
     if isinstance(error, OSError) and error.filename and error.strerror:
         return BootError(f"{error.filename}: {error.strerror}.", "Choose a place that can be read and written.")
+    if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported for this
+        hint = "What takes it, and what would make it smaller, says: bootcli distill --dry-run"
+        return BootError(f"The device has not enough memory: {str(error).splitlines()[0]:.200}", hint)
     hint = "" if debugging() else "This should not happen. Please report it with the traceback of: bootcli --debug ..."
     return BootError(f"unexpected {type(error).__name__}: {error}", hint)
 

@@ -11,10 +11,10 @@ import typer
 
 from bootcli.cli.common import find_run, integers, print_json, to_toml
 from bootcli.cli.options import Device, JsonOption, MixedPrecision, examples, recipe
-from bootcli.errors import UsageError
+from bootcli.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
-    from bootcli.pipelines.distill import Estimate
+    from bootcli.pipelines.estimate import Estimate
 
 Layers = tuple[dict[str, object], dict[str, object], dict[str, object]]
 """Flags, --set, config file."""
@@ -23,6 +23,8 @@ EXAMPLES = examples(
     "bootcli distill",
     "bootcli distill --teacher google/ddpm-cifar10-32 --device cuda",
 )
+NESTED = {"lora_rank": "student.lora_rank"}
+"""The settings of flags that have another name."""
 TEACHER, TRAINING, RUN, SETTINGS = "Teacher", "Training", "Run", "Settings"
 
 TeacherOption = Annotated[
@@ -95,6 +97,15 @@ LearningRateOption = Annotated[
         metavar="X",
         help="Peak learning rate.",
         show_default=recipe(0.0002),
+        rich_help_panel=TRAINING,
+    ),
+]
+LoraRankOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Train a LoRA of this rank in the teacher; 0: the whole network.",
+        show_default=recipe(0),
         rich_help_panel=TRAINING,
     ),
 ]
@@ -180,6 +191,7 @@ def distill(
     max_minutes: MaxMinutesOption = None,
     batch_size: BatchSizeOption = None,
     learning_rate: LearningRateOption = None,
+    lora_rank: LoraRankOption = None,
     seed: SeedOption = None,
     init_from: InitFromOption = None,
     device: DeviceOption = None,
@@ -224,14 +236,15 @@ def _layers(params: Mapping[str, object], file: Path | None, overrides: list[str
     from bootcli.config import known_keys, read_file, read_overrides
 
     known = known_keys()
-    flags = {name: value for name, value in params.items() if name in known and value is not None}
+    keys = {name: NESTED.get(name, name) for name in params}
+    flags = {keys[name]: value for name, value in params.items() if keys[name] in known and value is not None}
     if "classes" in flags:
         flags["classes"] = integers(str(flags["classes"]), "--classes")
     return flags, read_overrides(overrides or ()), read_file(file) if file else {}
 
 
 def _estimate(layers: Layers, *, as_json: bool) -> None:
-    from bootcli.pipelines.distill import dry_run
+    from bootcli.pipelines.estimate import dry_run
     from bootcli.pipelines.settings import resolve_config
 
     estimate = dry_run(resolve_config(*layers))
@@ -239,15 +252,30 @@ def _estimate(layers: Layers, *, as_json: bool) -> None:
         print_json(estimate)
     else:
         typer.echo(to_toml(estimate.config, comments=_costs(estimate)))
+    if not estimate.ran:
+        raise DoesNotFit("Memory ran out.", "What would make it smaller is listed with what it saves.")
 
 
 def _costs(estimate: Estimate) -> dict[str, str]:
-    from bootcli.ui import duration
+    """Time, and memory by its parts; what would make it smaller, where that is called for."""
+    from bootcli.ui import duration, size
 
+    time = "not measured"
+    if estimate.seconds_per_step is not None and estimate.total_seconds is not None:
+        time = f"{estimate.seconds_per_step:.3g} s a step, {duration(estimate.total_seconds)} in all, previews apart"
+    parts = {name: bytes_ for name, bytes_ in estimate.needs.items() if bytes_ != 0}
+    told = [f"{name} {'not measured' if bytes_ is None else size(bytes_)}" for name, bytes_ in parts.items()]
+    ran = "at its peak" if estimate.ran else "and more: it ran out"
+    switches = [
+        f"{each.setting} saves {each.what}" + ("" if each.saves is None else f", {size(each.saves)}")
+        for each in estimate.switches
+    ]
     return {
         **estimate.facts,
-        "time": f"{estimate.seconds_per_step:.3g} s a step, {duration(estimate.total_seconds)} in all, previews apart",
-        "memory": f"{estimate.memory_bytes / 2**30:.2f} GiB",
+        "time": time,
+        "memory": f"{size(estimate.memory_bytes)} {ran}, of {size(estimate.capacity_bytes)}",
+        "of that": ", ".join(told),
+        **{f"switch {number}": text for number, text in enumerate(switches, 1)},
     }
 
 

@@ -16,6 +16,8 @@ PACKAGES = (
     "torchvision",
     "diffusers",
     "accelerate",
+    "peft",
+    "bitsandbytes",
     "transformers",
     "safetensors",
     "huggingface-hub",

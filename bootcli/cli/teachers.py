@@ -121,7 +121,7 @@ def describe(loaded: Loaded) -> dict[str, object]:
         "terminal_snr": spec.schedule.terminal_snr(),
         "parameters": sum(parameter.numel() for parameter in teacher.net.parameters()),
         "feature_space": space.name if space else None,
-        "export_formats": sorted(teacher.export_formats()),
+        "export_formats": sorted({**teacher.export_formats(), **teacher.lora_formats()}),
         "recipe": teacher.recipe(),
         "details": teacher.describe(),
     }

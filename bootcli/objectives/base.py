@@ -97,8 +97,18 @@ class Objective(ABC, Generic[D]):
     def loss(self, student: Student, draw: D, cond: Cond) -> Terms:
         """The loss of those samples; pure: the same arguments give the same value."""
 
-    def renew(self, generator: torch.Generator, batch_size: int, step: int, engine: Engine) -> None:
-        """Make what several updates share, before ``draw`` of update ``step`` (from 1); most share nothing."""
+    def renew(
+        self, generator: torch.Generator, batch_size: int, step: int, engine: Engine, at_once: int | None = None
+    ) -> None:
+        """Make what several updates share, before ``draw`` of update ``step`` (from 1); most share nothing.
+
+        Args:
+            generator: of this update.
+            batch_size: samples that this part of the batch has.
+            step: the update.
+            engine: device, processes.
+            at_once: samples that the teacher is asked for together; None: as many as that.
+        """
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs of that."""
@@ -106,6 +116,10 @@ class Objective(ABC, Generic[D]):
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take what `state` gave. Raises `KeyError` where it does not fit."""
+
+    def stand_in(self) -> dict[str, Tensor]:
+        """A state that costs nothing to make, for a trial that nothing is learned from."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,9 @@ class KD(Objective[KDDraw]):
         self._rows = torch.empty(0, dtype=torch.long)
         self._next = 0
 
-    def renew(self, generator: torch.Generator, batch_size: int, step: int, engine: Engine) -> None:
+    def renew(
+        self, generator: torch.Generator, batch_size: int, step: int, engine: Engine, at_once: int | None = None
+    ) -> None:
         """Put new paths into the buffer: some batches before the first update, later one every ``reuse`` updates."""
         if not len(self._eps):
             count = min(self.config.buffer, FIRST_FILL * batch_size)
@@ -81,11 +83,12 @@ class KD(Objective[KDDraw]):
             count = batch_size
         else:
             return
+        size = at_once or batch_size
         count += -count % engine.num_processes
         eps = torch.randn(count, *self._eps.shape[1:], generator=generator)
         rows = conditions(generator, count, len(self.pool))
         mine = slice(engine.rank * count // engine.num_processes, (engine.rank + 1) * count // engine.num_processes)
-        parts = zip(torch.split(eps[mine], batch_size), torch.split(rows[mine], batch_size), strict=True)
+        parts = zip(torch.split(eps[mine], size), torch.split(rows[mine], size), strict=True)
         points = engine.gather(torch.cat([self._follow(e, r, engine) for e, r in parts])).cpu()
         for start in range(0, count, self.config.buffer):
             part = slice(start, start + self.config.buffer)
@@ -127,6 +130,11 @@ class KD(Objective[KDDraw]):
         """Take a buffer back. Raises `KeyError` where it does not fit."""
         self._eps, self._rows, self._points = (tensors[name].cpu() for name in ("eps", "rows", "points"))
         self._next = int(tensors["next"])
+
+    def stand_in(self) -> dict[str, Tensor]:
+        """One path of zeros."""
+        empty = {"eps": self._eps[:0], "rows": self._rows[:0], "points": self._points[:0]}
+        return {name: t.new_zeros(1, *t.shape[1:]) for name, t in empty.items()} | {"next": torch.tensor(0)}
 
     def draw(self, generator: torch.Generator, batch_size: int, pool: int, progress: float) -> KDDraw:
         """Paths of the buffer, uniformly, and points on them, in turn."""

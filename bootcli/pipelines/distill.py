@@ -5,21 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
-from bootcli.config import DistillConfig, to_dict
+from bootcli.config import DistillConfig
 from bootcli.engine import Engine
 from bootcli.errors import BootError, Interrupted
 from bootcli.images import enlarge, grid, save_png, to_uint8
 from bootcli.pipelines.events import Event, Finished, Previewed, Saved, Scored, Started, Stepped, Warned
 from bootcli.pipelines.scoring import Scorer
-from bootcli.pipelines.setup import Distillation, set_up
+from bootcli.pipelines.setup import Distillation, facts_of, set_up
 from bootcli.prompts import read_prompts, write_prompts
 from bootcli.sampler import prior_noise, teacher_endpoint
 from bootcli.signals import watch_signals
@@ -62,6 +60,7 @@ def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite
         prompts = read_prompts(str(rundir.prompts) if resume and rundir.prompts.is_file() else config.prompts)
     work = set_up(loaded.teacher, config, engine, fresh=not resume, prompts=prompts)
     trainer = Trainer(work, work.config, engine)
+    work = dataclasses.replace(work, config=trainer.config)
     if resume:
         _restore(trainer, rundir)
     engine.wait()  # every process has looked at the folder
@@ -76,7 +75,7 @@ def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite
     session = _Session(rundir, work, trainer, loaded.family.name, engine)
     events = session.events()
     if engine.is_main:
-        yield Started(run, session.facts(loaded.origin), trainer.step, config.steps)
+        yield Started(run, facts_of(work, loaded.origin, engine), trainer.step, config.steps)
         if prompts and (long := loaded.teacher.too_long([prompt.text for prompt in prompts])):
             text = f"{len(long)} of {len(prompts)} prompts are longer than the teacher reads, and are cut"
             yield Warned(trainer.step, f"{text}, the first of them: {prompts[long[0]].text:.60}")
@@ -108,18 +107,6 @@ class _Session:
         self._previewed = -1
         self._watch = Watch([Score(**line) for line in rundir.scores()])  # type: ignore[arg-type]
         self._scorer: Scorer | None = None
-
-    def facts(self, origin: str) -> dict[str, str]:
-        """What `Started` tells the user."""
-        config, spec = self.config, self.work.view.teacher.spec
-        parameters = sum(p.numel() for p in self.work.student.parameters())
-        return {
-            "teacher": f"{config.teacher} ({origin})",
-            "samples": "x".join(str(n) for n in spec.sample_shape),
-            "student": f"{parameters / 1e6:.2f}M parameters, {config.student.head} head",
-            "objective": f"{config.objective}, t from {self.work.t_max:.3f} to {config.student.t_min:.3f}",
-            "device": f"{self.engine.device}, mixed precision {self.engine.mixed_precision}",
-        }
 
     def events(self) -> Iterator[Event]:
         """Train to the end, or to the signal that stops it."""
@@ -248,64 +235,3 @@ class _Session:
         save_png(enlarge(tiles, max(1, 64 // both.shape[-1])), path)
         self._previewed = step
         yield Previewed(step, path, float((sample - self._teacher_samples).square().mean()))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What `--dry-run` shows.
-
-    Args:
-        config: resolved, nested.
-        facts: as at the start of a run.
-        seconds_per_step, total_seconds: measured on updates after a warm-up, without pictures and scores.
-        memory_bytes: peak of the GPU; on a CPU what the process holds after the updates.
-        parameters: of the student.
-    """
-
-    config: Mapping[str, object]
-    facts: Mapping[str, str]
-    seconds_per_step: float
-    total_seconds: float
-    memory_bytes: int
-    parameters: int
-
-
-def dry_run(config: DistillConfig) -> Estimate:
-    """Set the run up, take three updates, write nothing.
-
-    Whoever learns beside the student does so at once here. The second update makes teacher paths, where the run stores
-    any, and the third does not.
-    """
-    engine = Engine(config.device, config.mixed_precision)
-    loaded = load(config.teacher)
-    soon, paths = {"start": 0, "warmup": 0}, {"reuse": 2, "buffer": config.batch_size}
-    usual = dataclasses.replace(
-        config,
-        steps=3,
-        correction=dataclasses.replace(config.correction, **soon),  # type: ignore[arg-type]
-        adversary=dataclasses.replace(config.adversary, **soon),  # type: ignore[arg-type]
-        kd=dataclasses.replace(config.kd, **paths),  # type: ignore[arg-type]
-        replay=dataclasses.replace(config.replay, **paths),  # type: ignore[arg-type]
-    )
-    work = set_up(loaded.teacher, usual, engine)
-    trainer = Trainer(work, work.config, engine)
-    _, with_paths, without = trainer.run()
-    stored = config.kd if config.objective == "kd" else config.replay if config.replay.share else None
-    of_paths = max(0.0, with_paths.seconds - without.seconds) / stored.reuse if stored else 0.0
-    seconds = without.seconds + of_paths
-    parts = {name: getattr(config, name) for name in ("steps", "correction", "adversary", "kd", "replay")}
-    facts = _Session(RunDir(Path()), work, trainer, loaded.family.name, engine).facts(loaded.origin)
-    return Estimate(
-        config=to_dict(dataclasses.replace(work.config, **parts)),
-        facts=facts,
-        seconds_per_step=seconds,
-        total_seconds=min(seconds * config.steps, 60 * (config.max_minutes or math.inf)),
-        memory_bytes=_memory(engine.device),
-        parameters=sum(p.numel() for p in work.student.parameters()),
-    )
-
-
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)

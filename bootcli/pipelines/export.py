@@ -53,7 +53,7 @@ def export(run: Path, *, format: str, output: Path | None = None, overwrite: boo
     that does not run or differs by more than `TOLERANCE`.
     """
     artifact = load_student(run)
-    chosen = _pick(formats_of(artifact), format)
+    chosen = _pick(artifact, format)
     folder = output or RunDir(artifact.home).exports / format
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):  # the folder is replaced as a whole
         raise UsageError(f"{folder} is the working folder or above it.", "Name a new folder with --output.")
@@ -72,7 +72,13 @@ def export(run: Path, *, format: str, output: Path | None = None, overwrite: boo
     return Exported(folder, format, difference, files, chosen.check)
 
 
-def _pick(formats: dict[str, Format], name: str) -> Format:
+def _pick(artifact: Artifact, name: str) -> Format:
+    formats = formats_of(artifact)
+    if name not in formats and name in artifact.student.teacher.lora_formats():
+        raise UsageError(
+            f"The format {name!r} is of a LoRA, and this student was trained as a whole network.",
+            f"Distil with --lora-rank for that; this one has: {', '.join(sorted(formats))}",
+        )
     if name not in formats:
         raise UsageError(f"Unknown export format {name!r}.", f"This student has: {', '.join(sorted(formats))}")
     return formats[name]

@@ -69,7 +69,8 @@ class Scorer:
             yield teacher_endpoint(work.view, eps, cond, work.t_max, TEACHER_STEPS).cpu()
 
     def _noise(self, count: int) -> Iterator[tuple[Tensor, range]]:
-        size = min(BATCH, self.work.config.batch_size)  # what training has room for
+        config = self.work.config
+        size = min(BATCH, config.batch_size // (config.optimizer.accumulation or 1))  # what training has room for
         for first in range(0, count, size):
             seeds = range(FIRST_SEED + first, FIRST_SEED + min(first + size, count))
             yield prior_noise(seeds, self.work.view.teacher.spec.sample_shape).to(self.engine.device), seeds

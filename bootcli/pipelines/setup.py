@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
 
 from bootcli.batch import Work
 from bootcli.config import DistillConfig
-from bootcli.critic import Critic
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.judge import Features, make_judge
@@ -26,6 +25,7 @@ from bootcli.objectives.corrector import Corrector
 from bootcli.objectives.freeflow import FreeFlow
 from bootcli.objectives.kd import KD
 from bootcli.objectives.refiner import Refiner
+from bootcli.pipelines.networks import adversary_beside, check_memory, head_of, make_networks, try_half
 from bootcli.prompts import Prompt, read_prompts
 from bootcli.sampler import CondOf, prior_noise
 from bootcli.store.artifact import load_student
@@ -182,49 +182,35 @@ def set_up(
     pool = condition_pool(teacher, config, prompts)
     view = teacher_view(teacher, config, engine)
     t_max = start_time(teacher, config)
-    head = teacher.head() if config.student.head == "auto" else config.student.head
-    weight = config.boot.weight
-    if weight == "auto":
-        weight = "velocity" if teacher.spec.prediction == "flow" else "uniform"
-    start_t = config.student.start_t
-    if start_t is None:
-        start_t = 0.5 if head == "x0" else 1.0
-    config = dataclasses.replace(
-        config,
-        mixed_precision=engine.mixed_precision,
-        student=dataclasses.replace(config.student, head=head, start_t=start_t),
-        boot=dataclasses.replace(config.boot, weight=weight),
-        corrector=config.objective == "freeflow" if config.corrector is None else config.corrector,
-    )
-    torch.manual_seed(config.seed)  # the new layers of the student
-    student = Student(teacher, head, config.student.t_min).to(engine.device)
-    if config.optimizer.gradient_checkpointing:
-        teacher.enable_gradient_checkpointing(student.net)
+    config = without_auto(teacher, config, engine)
+    beside = adversary_beside(config)
+    check_memory(config)
+    features = Features(teacher) if beside else None  # before a LoRA goes into the teacher's modules
+    student, critic = make_networks(teacher, config, engine)
+    if config.memory.half_teacher:
+        try_half(teacher, pool, engine)
     if fresh and config.init_from is not None:
         _start_from(student, Path(config.init_from))
     elif fresh:
         start(student, view, pool, t_max, config, engine)
     adversary, judge = None, None
-    if beside := adversary_beside(config):
-        features = Features(teacher)  # before a critic may put its LoRA into the teacher's modules
+    if beside and features is not None:
         balance = (config.kd if beside == "prediction" else config.replay).adversary
         adversary = Adversary(config.adversary, balance, beside, features, t_max)
         first = pool.rows(torch.zeros(1, dtype=torch.long)).to(engine.device)
         judge = make_judge(features, first, config.adversary.width)
-    corrector, critic = None, None
-    if config.corrector:
-        corrector = Corrector(config.correction, view, config.student.t_min, t_max)
-        critic = Critic(teacher, config.correction).to(engine.device)
+    corrector = Corrector(config.correction, view, config.student.t_min, t_max) if config.corrector else None
     # The parts beside the prediction weigh their errors as it does, so that shares mean what they say.
     power = {"boot": config.boot.power, "freeflow": config.freeflow.power, "kd": config.kd.power}[config.objective]
     refiner = Refiner(config.refiner, power, view, config.student.t_min, t_max) if config.refiner.share else None
     if config.optimizer.compile:
-        student.net.compile()
-        teacher.net.compile()
-        if critic is not None and critic.net is not teacher.net:
-            critic.net.compile()
-        if judge is not None:
-            judge.compile()
+        owners = [student.net, teacher.net, *([] if critic is None else [critic.net])]
+        for module in dict.fromkeys([*owners, *([] if judge is None else [judge])]):  # a LoRA's is the teacher's
+            module.compile()
+    offload = None
+    if config.memory.offload_teacher:
+        offload = engine.offload(teacher.net)
+        student.net.register_forward_pre_hook(lambda module, args: offload() if torch.is_grad_enabled() else None)
     objective = make_objective(config, view, pool, t_max)
     replay = KD(config.replay, power, view, config.student.t_min, t_max, pool) if config.replay.share else None
     return Distillation(
@@ -238,29 +224,43 @@ def set_up(
         adversary=adversary,
         judge=judge,
         refiner=refiner,
+        offload_teacher=offload,
         t_max=t_max,
         config=config,
     )
 
 
-def adversary_beside(config: DistillConfig) -> Literal["prediction", "replay"] | None:
-    """The regression on stored paths that the run's adversary stands beside; None where it has none.
+def facts_of(work: Distillation, origin: str, engine: Engine) -> dict[str, str]:
+    """What the user is told of a run."""
+    config, spec = work.config, work.view.teacher.spec
+    parameters = sum(p.numel() for p in work.student.parameters())
+    lora = f"LoRA of rank {config.student.lora_rank}, " if config.student.lora_rank else ""
+    return {
+        "teacher": f"{config.teacher} ({origin})",
+        "samples": "x".join(str(n) for n in spec.sample_shape),
+        "student": f"{lora}{parameters / 1e6:.2f}M parameters, {config.student.head} head",
+        "objective": f"{config.objective}, t from {work.t_max:.3f} to {config.student.t_min:.3f}",
+        "device": f"{engine.device}, mixed precision {engine.mixed_precision}",
+    }
 
-    Raises `UsageError` where there are no such paths, or levels that leave no room.
-    """
-    beside: Literal["prediction", "replay"] | None = None
-    if config.objective == "kd" and config.kd.adversary:
-        beside = "prediction"
-    if config.replay.adversary:
-        if config.objective == "kd":
-            raise UsageError("replay.adversary: with --objective kd the adversary is beside kd.", "Set kd.adversary.")
-        if not config.replay.share:
-            raise UsageError("replay.adversary needs stored paths.", "Set replay.share, to 0.375 for example.")
-        beside = "replay"
-    low, high = config.adversary.levels
-    if beside and not low < high:
-        raise UsageError(f"adversary.levels = [{low}, {high}] do not rise.")
-    return beside
+
+def without_auto(teacher: Teacher, config: DistillConfig, engine: Engine) -> DistillConfig:
+    """The configuration with what it leaves open; how a batch is split is the trainer's to find."""
+    weight = config.boot.weight
+    if weight == "auto":
+        weight = "velocity" if teacher.spec.prediction == "flow" else "uniform"
+    head, start_t = head_of(teacher, config), config.student.start_t
+    if start_t is None:
+        start_t = 0.5 if head == "x0" else 1.0
+    if config.student.lora_rank and start_t != 1.0:
+        raise UsageError("student.start_t: a LoRA starts as the teacher, whose weights it shares.", "Leave it out.")
+    return dataclasses.replace(
+        config,
+        mixed_precision=engine.mixed_precision,
+        student=dataclasses.replace(config.student, head=head, start_t=start_t),
+        boot=dataclasses.replace(config.boot, weight=weight),
+        corrector=config.objective == "freeflow" if config.corrector is None else config.corrector,
+    )
 
 
 def make_objective(config: DistillConfig, view: TeacherView, pool: Cond, t_max: float) -> Objective[Any]:
@@ -324,7 +324,19 @@ def start(student: Student, view: TeacherView, pool: Cond, t_max: float, config:
 
 
 def _start_from(student: Student, run: Path) -> None:
-    source = load_student(run).student
+    artifact = load_student(run)
+    source, lora = artifact.student, artifact.lora
+    if student.lora is not None:
+        ours = student.lora.exported({})
+        if lora is None or replace(lora, tensors={}) != ours:
+            what = "a whole network" if lora is None else f"a LoRA of rank {lora.rank}"
+            raise UsageError(
+                f"--init-from {run}: it holds {what}, and a LoRA of rank {ours.rank} begins as its teacher.",
+                "Start from a LoRA of this rank and teacher, or train the whole network without --lora-rank.",
+            )
+        student.lora.take(lora)
+        student.time_branch.load_state_dict(source.time_branch.state_dict())
+        return
     if source.head != student.head:
         raise UsageError(f"--init-from {run}: its head is {source.head}, this run's is {student.head}.")
     try:

@@ -1,13 +1,14 @@
 """The student artifact: one safetensors file that carries its weights, architecture and provenance.
 
 Sampling needs no weights of the teacher's network: its family rebuilds the student's from the header. A text teacher's
-other parts (text encoder, autoencoder) stay where they were.
+other parts (text encoder, autoencoder) stay where they were. A LoRA alone needs them: it is folded into the network of
+the run's teacher, which has to be the same as it was.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
@@ -18,11 +19,12 @@ from torch import Tensor
 from bootcli import __version__
 from bootcli.config import DistillConfig, from_other_version, to_dict
 from bootcli.errors import BootError, UsageError
+from bootcli.lora import Lora, fingerprint
 from bootcli.store.rundir import RunDir
 from bootcli.store.tensors import read_tensors, write_tensors
 from bootcli.student import Student
-from bootcli.teachers.protocol import Head
-from bootcli.teachers.registry import family_named
+from bootcli.teachers.protocol import Head, LoraWeights, Teacher
+from bootcli.teachers.registry import family_named, load
 
 FORMAT = 1
 
@@ -37,6 +39,7 @@ class Artifact:
         family: name of the teacher's family.
         step: updates it was trained for.
         path: the file.
+        lora: what of it was learned, where that is a LoRA; ``student`` is a stock network with this folded in.
     """
 
     student: Student
@@ -44,6 +47,7 @@ class Artifact:
     family: str
     step: int
     path: Path
+    lora: LoraWeights | None = None
 
     @property
     def home(self) -> Path:
@@ -55,7 +59,7 @@ class Artifact:
 def save_student(
     path: Path, student: Student, weights: Mapping[str, Tensor], family: str, config: DistillConfig, step: int
 ) -> None:
-    """Write the artifact.
+    """Write the artifact: of a LoRA, only what was learned, and what tells its base.
 
     Args:
         path: the file.
@@ -75,6 +79,8 @@ def save_student(
         "config": to_dict(config),
         "step": step,
     }
+    if (lora := student.lora) is not None:
+        header["lora"] = {"rank": lora.rank, "alpha": lora.rank, "targets": lora.targets, "base": lora.base}
     buffers = {name: tensor for name, tensor in student.state_dict().items() if name not in weights}
     write_tensors(path, {**weights, **buffers}, header)
 
@@ -100,20 +106,53 @@ def load_student(run: Path) -> Artifact:
         raise BootError(f"{path} has format {header.get('format')}; this version reads {FORMAT}.", "Update bootcli.")
     try:
         family = family_named(str(header["family"]))
-        teacher = family.build(cast(Mapping[str, object], header["teacher"]))
+        config = from_other_version(cast(Mapping[str, object], header["config"]))
+        lora = _read_lora(header["lora"]) if "lora" in header else None
+        teacher = family.build(cast(Mapping[str, object], header["teacher"])) if lora is None else _base(lora, config)
         if header["head"] not in get_args(Head):
             raise ValueError(f"unknown head {header['head']!r}")
-        student = Student(teacher, cast(Head, header["head"]), float(cast(float, header["t_min"])))
+        adapter = None if lora is None else Lora(teacher, "student", lora.rank, lora.base, lora.targets)
+        student = Student(teacher, cast(Head, header["head"]), float(cast(float, header["t_min"])), adapter)
         student.load_state_dict(tensors)
-        config = from_other_version(cast(Mapping[str, object], header["config"]))
+        if adapter is not None:
+            lora = adapter.exported({name: t.clone() for name, t in adapter.state_dict().items()})
+            student.merge()
         step = int(cast(int, header["step"]))
     except UsageError as error:  # the file is at fault, not the command line
         raise BootError(f"{path}: {error.message}", error.hint) from error
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BootError(f"{path} does not describe a student: {error}.", "Make it again.") from error
     student = student.eval().requires_grad_(False).to(torch.device("cpu"))
-    artifact = Artifact(student, config, family.name, step, path)
+    artifact = Artifact(student, config, family.name, step, path, lora)
     kept = RunDir(artifact.home).prompts
     if not kept.is_file():
         return artifact
     return dataclasses.replace(artifact, config=dataclasses.replace(config, prompts=str(kept)))
+
+
+def _read_lora(stored: object) -> LoraWeights:
+    """Rank, targets and base of a LoRA, without its tensors. Raises as Python does where it is none."""
+    lora = dict(cast(Mapping[str, object], stored))
+    if lora["alpha"] != lora["rank"]:
+        raise ValueError(f"a LoRA of alpha {lora['alpha']!r}")
+    targets = tuple(str(name) for name in cast(Sequence[object], lora["targets"]))
+    return LoraWeights({}, int(cast(int, lora["rank"])), targets, str(lora["base"]))
+
+
+def _base(lora: LoraWeights, config: DistillConfig) -> Teacher:
+    """The teacher that a LoRA was trained on. Raises `BootError` where it is gone, or another."""
+    try:
+        teacher = load(config.teacher).teacher
+    except BootError as error:
+        raise BootError(
+            f"This student is a LoRA on the teacher {config.teacher}, which cannot be loaded: {error.message}",
+            error.hint or "Put it back.",
+        ) from error
+    if fingerprint(teacher.net) != lora.base:
+        raise BootError(
+            f"This student is a LoRA on other weights than those of {config.teacher}.",
+            "Put back the teacher that it was trained on.",
+        )
+    teacher.net.requires_grad_(False)
+    teacher.use_clock(config.clock)
+    return teacher

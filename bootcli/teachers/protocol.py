@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,23 @@ class FeatureSpace:
 
 
 @dataclass(frozen=True)
+class LoraWeights:
+    """What a student learned that was trained as a LoRA on its teacher.
+
+    Args:
+        tensors: by peft's names without the adapter's: "mid_block.attentions.0.proj_in.lora_A.weight".
+        rank: of the changes; alpha is the same.
+        targets: name endings of the modules that it changes.
+        base: fingerprint of the teacher's weights.
+    """
+
+    tensors: Mapping[str, Tensor]
+    rank: int
+    targets: tuple[str, ...]
+    base: str
+
+
+@dataclass(frozen=True)
 class Exporter:
     """A format that other programs load: how to write it, and how those programs run it.
 
@@ -124,6 +141,21 @@ class Exporter:
 
     write: Callable[[Teacher, nn.Module, Head, Path], None]
     check: Path
+
+
+@dataclass(frozen=True)
+class LoraExporter:
+    """A format for a LoRA alone, which other programs load onto the teacher.
+
+    Args:
+        write: (teacher, what the student learned, empty folder) -> files.
+        check: as `Exporter.check`, with the teacher as another argument: ``python SCRIPT FOLDER INPUTS OUTPUTS BASE``.
+        base: where that lies.
+    """
+
+    write: Callable[[Teacher, LoraWeights, Path], None]
+    check: Path
+    base: Path
 
 
 class Teacher(ABC):
@@ -196,7 +228,12 @@ class Teacher(ABC):
         return {}
 
     def lora_targets(self) -> tuple[str, ...]:
-        """Name endings of the modules of ``net`` that a LoRA may adapt; empty: none known."""
+        """Name endings of the modules of ``net`` that a LoRA adapts; empty: none known. One step changes what every
+        layer draws: name attention, feed-forward layers and convolutions, not the first and the last layer."""
+        return ()
+
+    def other_parts(self) -> Sequence[nn.Module]:
+        """Networks beside ``net`` that are in memory now: text encoders, an autoencoder."""
         return ()
 
     def feature_layers(self, net: nn.Module) -> Sequence[nn.Module]:
@@ -205,12 +242,22 @@ class Teacher(ABC):
         cheapest, since nothing after the last one runs. Empty: none known."""
         return ()
 
-    def enable_gradient_checkpointing(self, net: nn.Module) -> None:
-        """Make ``net`` trade compute for memory, or say that it cannot."""
+    def enable_gradient_checkpointing(self, net: nn.Module, function: Callable[..., Any] | None = None) -> None:
+        """Make ``net`` trade compute for memory where there are gradients, or say that it cannot.
+
+        Args:
+            net: ``self.net`` or a copy of it.
+            function: to call as ``function(block, *inputs)`` in place of ``block(*inputs)``; None: torch's own
+                checkpoint, without reentry.
+        """
         raise BootError("This teacher's network does not support gradient checkpointing.")
 
     def export_formats(self) -> Mapping[str, Exporter]:
         """Formats that other programs load, by name."""
+        return {}
+
+    def lora_formats(self) -> Mapping[str, LoraExporter]:
+        """Formats for a LoRA alone, by name."""
         return {}
 
     def feature_space(self) -> FeatureSpace | None:

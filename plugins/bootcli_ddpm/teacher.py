@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,11 @@ from bootcli.plugin import (
     load_feature_space,
 )
 from bootcli_ddpm.layout import read_json, read_layout
-from bootcli_ddpm.network import make_network, make_spec, try_out
+from bootcli_ddpm.network import lora_targets_of, make_network, make_spec, try_out
 from bootcli_ddpm.scheduler import Process, init_arguments, process_of, read_process
 from bootcli_ddpm.weights import fit_weights, read_weights
 
 RECIPE = "recipe.json"
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)")
 
 
@@ -111,8 +110,8 @@ class DDPMTeacher(Teacher):
         return read_json(self._folder / RECIPE)
 
     def lora_targets(self) -> tuple[str, ...]:
-        """The projections of the attention blocks, where the network has any."""
-        return _ATTENTION if self._has_attention() else ()
+        """See `lora_targets_of`."""
+        return lora_targets_of(self.net)
 
     def feature_layers(self, net: nn.Module) -> Sequence[nn.Module]:
         """The last residual block of every resolution on the way down, and the middle, if there is one."""
@@ -120,11 +119,11 @@ class DDPMTeacher(Teacher):
         layers = [list(each.children())[-1] for each in resnets]
         return (*layers, net.get_submodule("mid_block")) if net.mid_block is not None else tuple(layers)
 
-    def enable_gradient_checkpointing(self, net: nn.Module) -> None:
+    def enable_gradient_checkpointing(self, net: nn.Module, function: Callable[..., Any] | None = None) -> None:
         """diffusers' own, block by block."""
         if not isinstance(net, UNet2DModel):
             raise BootError("Only a UNet2DModel knows how to checkpoint its gradients.")
-        net.enable_gradient_checkpointing()
+        net.enable_gradient_checkpointing(function)
 
     def export_formats(self) -> Mapping[str, Exporter]:
         """``diffusers``: a `DDIMPipeline` folder that samples in one step."""
@@ -144,14 +143,11 @@ class DDPMTeacher(Teacher):
             "architecture": f"UNet2DModel, {_millions(sum(p.numel() for p in self.net.parameters()))} parameters",
             "schedule": self.process.summary,
             "range of x_0": _range(self.spec),
-            "attention": "yes" if self._has_attention() else "no: there is nothing for a LoRA to adapt",
+            "attention": "yes" if any(name.endswith("to_q") for name, _ in self.net.named_modules()) else "no",
         }
         if self.spec.conditioning == "class":
             facts["classes"] = f"{self.spec.num_classes}; no unconditional branch, hence no guidance"
         return facts | self.card
-
-    def _has_attention(self) -> bool:
-        return any(name.endswith(_ATTENTION[0]) for name, _ in self.net.named_modules())
 
 
 def load(path: Path) -> DDPMTeacher:

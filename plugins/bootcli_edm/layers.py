@@ -7,13 +7,12 @@ ADM (Dhariwal and Nichol 2021, arXiv 2105.05233) differ in the options of the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 Way = Literal["down", "up"]
 Resample = Literal["keep"] | Way
@@ -156,7 +155,7 @@ class UNetBlock(nn.Module):
         super().__init__()
         self.in_channels, self.heads = inputs, heads
         self.adaptive_scale, self.skip_scale, self.dropout = adaptive_scale, skip_scale, dropout
-        self.checkpointing = False
+        self.checkpoint: Callable[..., Any] | None = None
         self.norm0 = group_norm(inputs, eps)
         self.conv0 = convolution(inputs, outputs, 3, resample, taps)
         self.affine = nn.Linear(embedding, outputs * (2 if adaptive_scale else 1))
@@ -173,8 +172,8 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x (b, inputs, h, w), embedding (b, embedding) -> (b, outputs, h', w')."""
-        if self.checkpointing and torch.is_grad_enabled():
-            drawn: Tensor = checkpoint(self._forward, x, embedding, use_reentrant=False)
+        if self.checkpoint is not None and torch.is_grad_enabled():
+            drawn: Tensor = self.checkpoint(self._forward, x, embedding)
             return drawn
         return self._forward(x, embedding)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bootcli.plugin import (
     BootError,
@@ -56,6 +58,13 @@ class EDMTeacher(Teacher):
         self.facts = dict(facts)
         self._folder = folder
         self._unlabelled = unet.label_dropout > 0
+        blocks = [(place, block) for place, block in net.named_modules() if isinstance(block, UNetBlock)]
+        self._targets = tuple(
+            f"{place}.{name}"
+            for place, block in blocks
+            for name, layer in block.named_children()
+            if isinstance(layer, nn.Conv2d | nn.Linear)
+        )
         scalings = architecture.preconditioning()
         low, high = max(SIGMA_MIN, scalings.levels[0]), min(SIGMA_MAX, scalings.levels[1])
         if not low < high:
@@ -152,8 +161,8 @@ class EDMTeacher(Teacher):
         return recipe
 
     def lora_targets(self) -> tuple[str, ...]:
-        """The projections of the attention, where the network has any."""
-        return ("qkv", "proj") if any(name.endswith(".qkv") for name, _ in self.net.named_modules()) else ()
+        """The plain layers of every block: convolutions, affine layers and the projections of the attention."""
+        return self._targets
 
     def feature_layers(self, net: nn.Module) -> Sequence[nn.Module]:
         """The last residual block of every resolution on the way down, and the lowest ones on the way up."""
@@ -164,11 +173,11 @@ class EDMTeacher(Teacher):
         middle = [layer for name, layer in net.get_submodule("model.dec").named_children() if name.endswith("_in1")]
         return (*down, *middle)
 
-    def enable_gradient_checkpointing(self, net: nn.Module) -> None:
+    def enable_gradient_checkpointing(self, net: nn.Module, function: Callable[..., Any] | None = None) -> None:
         """Block by block."""
         for module in net.modules():
             if isinstance(module, UNetBlock):
-                module.checkpointing = True
+                module.checkpoint = function or partial(checkpoint, use_reentrant=False)
 
     def feature_space(self) -> FeatureSpace | None:
         """That of the folder's ``features``, if it has one; see `Teacher.feature_space`."""

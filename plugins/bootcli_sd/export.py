@@ -1,4 +1,4 @@
-"""A student as a diffusers folder that plain `StableDiffusionPipeline` samples in one step."""
+"""A student for diffusers: a folder that plain `StableDiffusionPipeline` samples in one step, or a LoRA for that."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from huggingface_hub import ModelCardData
 from torch import nn
 
-from bootcli.plugin import BootError, Head, Teacher
+from bootcli.plugin import BootError, Head, LoraWeights, Teacher
 from bootcli_sd.teacher import SDTeacher
 
 _CARD = """\
@@ -27,6 +27,28 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
+image = pipeline("a red fox in snow", num_inference_steps=1, guidance_scale=1, generator=torch.manual_seed(0)).images[0]
+image.save("sample.png")
+```
+"""
+
+_LORA_CARD = """\
+---
+{front_matter}
+---
+
+# A one-step LoRA
+
+This LoRA of rank {rank} makes {teacher} draw an image from noise and a prompt in **one** call of its network. It was
+distilled with bootcli, without any training images. Guidance is part of it: leave the guidance scale at 1.
+
+```python
+import torch
+from diffusers import {scheduler}, DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{source}")
+pipeline.load_lora_weights("path/to/this/folder")
+pipeline.scheduler = {scheduler}.from_pretrained("path/to/this/folder", subfolder="scheduler")
 image = pipeline("a red fox in snow", num_inference_steps=1, guidance_scale=1, generator=torch.manual_seed(0)).images[0]
 image.save("sample.png")
 ```
@@ -50,18 +72,38 @@ def write_diffusers(teacher: Teacher, net: nn.Module, head: Head, folder: Path) 
         nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipeline = StableDiffusionPipeline(**parts, **nothing)
     pipeline.save_pretrained(folder, safe_serialization=True)
-    (folder / "README.md").write_text(_model_card(teacher), encoding="utf-8")
+    (folder / "README.md").write_text(_CARD.format(**_card(teacher)), encoding="utf-8")
 
 
-def _model_card(teacher: SDTeacher) -> str:
+def write_lora(teacher: Teacher, lora: LoraWeights, folder: Path) -> None:
+    """Write the LoRA as diffusers names it, the scheduler of its one step and a card; see `LoraExporter.write`."""
+    if not isinstance(teacher, SDTeacher):
+        raise BootError("Only a LoRA on a Stable Diffusion teacher can be written for diffusers.")
+    if teacher.kind:
+        raise BootError(
+            f"{teacher.home} is a single file, onto which diffusers cannot load a LoRA without the network.",
+            "Export with --format diffusers, or distil from the folder that the file was made from.",
+        )
+    pipeline = StableDiffusionXLPipeline if len(teacher.text.pairs) > 1 else StableDiffusionPipeline
+    # In peft's names: diffusers' own older ones exist for attention alone, and its loader passes over a mixture.
+    pipeline.save_lora_weights(folder, dict(lora.tensors), safe_serialization=True)
+    scheduler = teacher.process.one_step(predicts_sample=False)  # a LoRA keeps its teacher's prediction type
+    scheduler.save_pretrained(folder / "scheduler")
+    facts = _card(teacher, "lora") | {"rank": lora.rank, "scheduler": type(scheduler).__name__}
+    source = teacher.describe().get("source", "path/to/the/teacher")
+    (folder / "README.md").write_text(_LORA_CARD.format(**facts, source=source), encoding="utf-8")
+
+
+def _card(teacher: SDTeacher, *tags: str) -> dict[str, Any]:
+    """Front matter, and the teacher by name."""
     card = teacher.describe()
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "one-step", "distillation", "boot"],
+        tags=["text-to-image", "one-step", "distillation", "boot", *tags],
         base_model=card.get("source"),
         license=card.get("licence"),
     )
     source = card.get("source")
     named = f"[{source}](https://huggingface.co/{source})" if source else f"`{teacher.home.name}`"
-    return _CARD.format(front_matter=data.to_yaml(), teacher=named)
+    return {"front_matter": data.to_yaml(), "teacher": named}

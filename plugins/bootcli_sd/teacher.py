@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from bootcli_ddpm.layout import read_json
+from bootcli_ddpm.network import lora_targets_of
 from bootcli_ddpm.scheduler import Process, init_arguments, process_of, read_process
 from bootcli_ddpm.teacher import card_of
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -19,6 +20,7 @@ from bootcli.plugin import (
     Cond,
     Exporter,
     FeatureSpace,
+    LoraExporter,
     NoThreshold,
     Teacher,
     TeacherSpec,
@@ -32,7 +34,6 @@ from bootcli_sd.text import TextEncoder, load_pairs
 RECIPE, PROMPTS, FEATURES = "recipe.json", "prompts.txt", "features"
 DECODED = 4
 """Latents decoded at a time."""
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class SDTeacher(Teacher):
@@ -187,24 +188,35 @@ class SDTeacher(Teacher):
         return own | (read_json(file) if file.is_file() else {})
 
     def lora_targets(self) -> tuple[str, ...]:
-        """The projections of self- and cross-attention."""
-        return _ATTENTION
+        """Attention, feed-forward layers and convolutions."""
+        return lora_targets_of(self.net)
+
+    def other_parts(self) -> Sequence[nn.Module]:
+        """Text encoders and autoencoder, where they are loaded."""
+        encoders = [] if self._text is None else [encoder for encoder, _ in self._text.pairs]
+        return [*encoders, *([] if self._vae is None else [self._vae])]
 
     def feature_layers(self, net: nn.Module) -> Sequence[nn.Module]:
         """The last residual block of every resolution on the way down, and of the middle."""
         blocks = [*net.get_submodule("down_blocks").children(), net.get_submodule("mid_block")]
         return tuple(list(block.get_submodule("resnets").children())[-1] for block in blocks)
 
-    def enable_gradient_checkpointing(self, net: nn.Module) -> None:
+    def enable_gradient_checkpointing(self, net: nn.Module, function: Callable[..., Any] | None = None) -> None:
         """diffusers' own, block by block."""
         assert isinstance(net, UNet2DConditionModel)
-        net.enable_gradient_checkpointing()
+        net.enable_gradient_checkpointing(function)
 
     def export_formats(self) -> Mapping[str, Exporter]:
         """``diffusers``: a `StableDiffusionPipeline` folder that samples in one step."""
         from bootcli_sd.export import write_diffusers
 
         return {"diffusers": Exporter(write_diffusers, Path(__file__).with_name("check_diffusers.py"))}
+
+    def lora_formats(self) -> Mapping[str, LoraExporter]:
+        """``lora``: what `load_lora_weights` of diffusers' pipelines reads, and a scheduler of one step."""
+        from bootcli_sd.export import write_lora
+
+        return {"lora": LoraExporter(write_lora, Path(__file__).with_name("check_lora.py"), self.home)}
 
     def feature_space(self) -> FeatureSpace | None:
         """That of the folder's ``features``, if it has one; see `Teacher.feature_space`."""

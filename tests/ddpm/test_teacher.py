@@ -211,14 +211,16 @@ def test_feature_layers_are_those_of_the_way_down(make_folder: MakeFolder) -> No
         assert [tuple(each.shape) for each in features] == [(2, 8, 8, 8), (2, 16, 4, 4), (2, 16, 4, 4)][:count]
 
 
-def test_lora_targets_need_attention(make_folder: MakeFolder) -> None:
+def test_a_lora_adapts_what_there_is(make_folder: MakeFolder) -> None:
     teacher = family.load(make_folder())
     names = [name for name, _ in teacher.net.named_modules()]
+    assert {"to_q", "conv1", "time_emb_proj", "downsamplers.0.conv"} <= set(teacher.lora_targets())
     assert all(any(name.endswith(target) for name in names) for target in teacher.lora_targets())
     plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
     without = family.load(make_folder(plain))
-    assert without.lora_targets() == ()
-    assert "no" in without.describe()["attention"]
+    assert "conv1" in without.lora_targets()
+    assert "to_q" not in without.lora_targets()
+    assert without.describe()["attention"] == "no"
 
 
 @pytest.mark.parametrize("unet", [{}, CLASSES, {"out_channels": 6}, {"sample_size": (8, 16)}])

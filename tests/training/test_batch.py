@@ -46,7 +46,7 @@ def test_a_batch_that_cannot_be_split_is_refused(tiny_teacher: Teacher) -> None:
 
 
 def test_a_batch_too_small_for_its_parts_is_refused(tiny_teacher: Teacher) -> None:
-    with pytest.raises(BootError, match="leave none to predict"):
+    with pytest.raises(BootError, match="leaves none to predict"):
         build(tiny_teacher, config_of(**EVERYTHING, batch_size=3))
 
 
@@ -89,7 +89,7 @@ def test_the_adversary_weighs_as_much_as_the_samples_it_judges(
         work.adversary.loss = lambda *_, student=student, **__: Verdict(  # type: ignore[method-assign, misc]
             torch.tensor(student), torch.tensor(0.0), torch.ones(ends)
         )
-        batch = Batch(work, work.config, {"judge": judge}, trainer.parts, 1, 1, 0.0, torch.Generator().manual_seed(0))
+        batch = Batch(work, work.config, {"judge": judge}, trainer.parts, 1, 0.0, torch.Generator().manual_seed(0))
         losses.append(float(batch.micro_batch(work.student, 0, torch.device("cpu")).loss.detach()))
     assert losses[1] - losses[0] == pytest.approx(0.5 * 3.0 * ends / 8, rel=1e-4)
 
@@ -100,8 +100,8 @@ def test_the_adversary_weighs_as_much_as_the_samples_it_judges(
         ({"replay.adversary": 0.5}, "needs stored paths"),
         ({"objective": "kd", "replay.share": 0.25, "replay.adversary": 0.5}, "Set kd.adversary"),
         ({"objective": "kd", "kd.adversary": 0.5, "adversary.levels": [0.2, 0.1]}, "do not rise"),
-        ({"replay.share": 0.25, "replay.adversary": 0.5}, "2 samples in a micro-batch learn 4 points"),
-        ({"objective": "kd", "kd.adversary": 0.5, "kd.points": 9}, "8 samples in a micro-batch learn 9 points"),
+        ({"replay.share": 0.25, "replay.adversary": 0.5}, "2 samples together learn 4 points"),
+        ({"objective": "kd", "kd.adversary": 0.5, "kd.points": 9}, "8 samples together learn 9 points"),
     ],
 )
 def test_an_adversary_without_samples_is_refused(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from bootcli.config import DistillConfig, OptimizerConfig, resolve
+from bootcli.errors import UsageError
 from bootcli.muon import CHUNK, COEFFICIENTS, chunks, orthogonal
-from bootcli.optimizer import learning_rate, make_optimizer
+from bootcli.optimizer import learning_rate, load_optimizer, make_optimizer, optimizer_tensors
 
 
 def step(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
@@ -102,3 +106,72 @@ def test_a_loss_scaler_skips_a_step_of_infinite_gradients() -> None:
     scaler.unscale_(optimizer)
     scaler.step(optimizer)
     assert all(torch.equal(p, old) for p, old in zip(layer.parameters(), before, strict=True))
+
+
+class EightBits(torch.optim.Optimizer):
+    """What the state of bitsandbytes looks like: plain numbers of steps, and bytes."""
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, settings)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state.setdefault("step", 0)
+                assert type(state["step"]) is int
+                state["step"] += 1
+                state.setdefault("state1", torch.zeros(p.shape, dtype=torch.uint8)).add_(state["step"])
+                p.add_(p.grad + state["state1"].float(), alpha=-group["lr"])
+
+
+@pytest.fixture(params=["real", "stand-in"])
+def eight_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """bitsandbytes where it is installed, and a stand-in for it; whether it is the real one."""
+    if request.param == "real":
+        pytest.importorskip("bitsandbytes")
+    else:
+        package, optim = ModuleType("bitsandbytes"), ModuleType("bitsandbytes.optim")
+        optim.AdamW8bit = EightBits  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+        monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
+    return request.param == "real"
+
+
+def test_eight_bits_go_through_a_checkpoint(eight_bits: bool) -> None:
+    """The third update is the same from a state that was stored and from one that was kept."""
+    config = resolve({"optimizer.name": "adamw8bit", "learning_rate": 1e-2})
+
+    def network() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(80, 80), nn.Linear(80, 4))  # one with 4096 values or more
+        return net, make_optimizer(net, config)
+
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        net(torch.randn(8, 80, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    net, optimizer = network()
+    for seed in (1, 2):
+        step(net, optimizer, seed)
+    stored = {name: tensor.clone() for name, tensor in optimizer_tensors("o", optimizer).items()}
+    assert stored["o.0.state1"].dtype == torch.uint8
+    other, again = network()
+    other.load_state_dict(net.state_dict())
+    load_optimizer("o", again, stored)
+    for each, of in ((net, optimizer), (other, again)):
+        step(each, of, 3)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+    assert int(optimizer_tensors("o", again)["o.0.step"]) == 3
+
+
+def test_eight_bits_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.delitem(sys.modules, "bitsandbytes.optim", raising=False)
+    with pytest.raises(UsageError, match="needs bitsandbytes") as error:
+        make_optimizer(nn.Linear(2, 2), resolve({"optimizer.name": "adamw8bit"}))
+    assert "bootcli[8bit]" in error.value.hint
+    with pytest.raises(UsageError, match="does not run on meta"):
+        make_optimizer(nn.Linear(2, 2, device="meta"), resolve({"optimizer.name": "adamw8bit"}))
