@@ -17,6 +17,7 @@ from torch import Tensor
 from bootcli.batch import Batch, MicroBatch, Parts, Work
 from bootcli.companion import Balance, Companion
 from bootcli.config import DistillConfig
+from bootcli.deck import Deck, Pool
 from bootcli.ema import EMA
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
@@ -82,6 +83,9 @@ class Trainer:
         self.config = config
         self.engine = engine
         self.step = 0
+        self.drawn = 0  # conditions, from the deck
+        text = work.student.teacher.spec.conditioning == "text"
+        self.deck = Deck(len(work.conditions), lambda epoch: stream(config.seed, 0, epoch)) if text else None
         self.seconds = 0.0
         self.parts = Parts.of(config, config.batch_size // shares)
         student = work.student
@@ -121,6 +125,8 @@ class Trainer:
         engine.step([self.optimizer, *(each.optimizer for each in present.values())], rates)
         self.ema.update(self.work.student, step)
         self.step = step
+        if self.deck is not None:
+            self.drawn = self.deck.drawn
         seconds = time.perf_counter() - began
         self.seconds += seconds
         return report(step, loss, batches, self.work.t_max, norms[0], rate, seconds)
@@ -143,10 +149,13 @@ class Trainer:
         micro = config.optimizer.accumulation
         shares, present = micro * engine.num_processes, self._present(step)
         sizes = self.parts if "critic" in present else self.parts.without_correction()
-        work.objective.renew(generator, sizes.prediction * shares, step, engine)
+        pool: Pool = len(work.conditions)
+        if self.deck is not None:
+            self.deck.drawn, pool = self.drawn, self.deck
+        work.objective.renew(generator, sizes.prediction * shares, pool, step, engine)
         if work.replay is not None:
-            work.replay.renew(generator, sizes.replay * shares, step, engine)
-        batch = Batch(work, config, present, sizes, shares, step, progress, generator)
+            work.replay.renew(generator, sizes.replay * shares, pool, step, engine)
+        batch = Batch(work, config, present, sizes, shares, step, progress, generator, pool)
         done = []
         for part in range(micro):
             index = part * engine.num_processes + engine.rank
@@ -178,6 +187,7 @@ class Trainer:
         facts = {
             "step": self.step,
             "seconds": self.seconds,
+            "drawn": self.drawn,
             "balance": {name: dataclasses.asdict(each.balance) for name, each in self.companions.items()},
             "scaler": scaler.state_dict() if scaler else None,
         }
@@ -201,6 +211,7 @@ class Trainer:
         if self.engine.scaler is not None and facts["scaler"]:
             self.engine.scaler.load_state_dict(facts["scaler"])
         self.step, self.seconds = int(facts["step"]), float(facts["seconds"])
+        self.drawn = int(facts.get("drawn", 0))  # an older state has none
 
     def _balance(self, batches: list[MicroBatch]) -> None:
         """Take the pulls of this update into the balances of the next ones."""

@@ -20,7 +20,7 @@ LAYERS = [
     {"bootcli.teachers"},
     {"bootcli.closed_form", "bootcli.testing", "bootcli.testing_network", "bootcli.plugin"},
     {"bootcli.student", "bootcli.critic", "bootcli.ema", "bootcli.engine", "bootcli.muon", "bootcli.optimizer"},
-    {"bootcli.judge", "bootcli.companion"},
+    {"bootcli.judge", "bootcli.companion", "bootcli.deck", "bootcli.conditions"},
     {"bootcli.objectives"},
     {"bootcli.batch"},
     {"bootcli.trainer"},

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from bootcli.config import PathsConfig
+from bootcli.deck import Pool
 from bootcli.engine import Engine
 from bootcli.maths.signal_ode import solve
-from bootcli.objectives.base import Ends, Objective, Terms, adaptive, conditions, path_start
+from bootcli.objectives.base import Conditions, Ends, Objective, Terms, adaptive, conditions, path_start
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond
 from bootcli.teachers.view import TeacherView
@@ -58,7 +59,7 @@ class KD(Objective[KDDraw]):
     """
 
     def __init__(
-        self, config: PathsConfig, power: float, teacher: TeacherView, t_min: float, t_max: float, pool: Cond
+        self, config: PathsConfig, power: float, teacher: TeacherView, t_min: float, t_max: float, pool: Conditions
     ) -> None:
         self.config = config
         self.power = power
@@ -73,7 +74,7 @@ class KD(Objective[KDDraw]):
         self._rows = torch.empty(0, dtype=torch.long)
         self._next = 0
 
-    def renew(self, generator: torch.Generator, batch_size: int, step: int, engine: Engine) -> None:
+    def renew(self, generator: torch.Generator, batch_size: int, pool: Pool, step: int, engine: Engine) -> None:
         """Put new paths into the buffer: some batches before the first update, later one every ``reuse`` updates."""
         if not len(self._eps):
             count = min(self.config.buffer, FIRST_FILL * batch_size)
@@ -83,7 +84,7 @@ class KD(Objective[KDDraw]):
             return
         count += -count % engine.num_processes
         eps = torch.randn(count, *self._eps.shape[1:], generator=generator)
-        rows = conditions(generator, count, len(self.pool))
+        rows = conditions(generator, count, pool)
         mine = slice(engine.rank * count // engine.num_processes, (engine.rank + 1) * count // engine.num_processes)
         parts = zip(torch.split(eps[mine], batch_size), torch.split(rows[mine], batch_size), strict=True)
         points = engine.gather(torch.cat([self._follow(e, r, engine) for e, r in parts])).cpu()
@@ -128,7 +129,7 @@ class KD(Objective[KDDraw]):
         self._eps, self._rows, self._points = (tensors[name].cpu() for name in ("eps", "rows", "points"))
         self._next = int(tensors["next"])
 
-    def draw(self, generator: torch.Generator, batch_size: int, pool: int, progress: float) -> KDDraw:
+    def draw(self, generator: torch.Generator, batch_size: int, pool: Pool, progress: float) -> KDDraw:
         """Paths of the buffer, uniformly, and points on them, in turn."""
         path = torch.randint(len(self._eps), (batch_size,), generator=generator)
         first = torch.randint(self.config.points, (1,), generator=generator)
