@@ -32,6 +32,7 @@ STDIN = "-"
 IN_MEMORY = 2**20
 """Bytes of prompts that are not worth a file."""
 _KEYS = {"prompt", "negative_prompt", "seed"}
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
 _EXAMPLE = 'Each line is like {"prompt": "a fox", "negative_prompt": "snow", "seed": 7}.'
 
 
@@ -53,7 +54,7 @@ class Prompt:
     def line(self) -> str:
         """As a JSON object."""
         facts = {"prompt": self.text, "negative_prompt": self.negative, "seed": self.seed}
-        return json.dumps({key: value for key, value in facts.items() if value is not None}, ensure_ascii=False)
+        return _to_json({key: value for key, value in facts.items() if value is not None})
 
 
 class Prompts:
@@ -77,7 +78,8 @@ class Prompts:
             self._starts.append(end)
             end += self._file.write(f"{prompt.line}\n".encode())
             self.own_negatives |= prompt.negative is not None
-            digest.update(json.dumps(prompt.text).encode())
+            text = prompt.text.encode()
+            digest.update(b"%d " % len(text) + text)
         self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -181,6 +183,8 @@ def _from_json(where: str, line: str) -> Prompt:
         raise UsageError(f"{where}: the seed is {seed!r}, not a whole number from 0 to 2^63 - 1.", _EXAMPLE)
     if unknown := sorted(table.keys() - _KEYS):
         raise UsageError(f"{where}: unknown key {unknown[0]!r}.", f"There are: {', '.join(sorted(_KEYS))}.")
-    if any("\ud800" <= letter <= "\udfff" for letter in f"{text}{negative}"):
-        raise UsageError(f"{where} holds half of a character (a lone surrogate).", "Write the character as a whole.")
+    try:
+        f"{text}{negative}".encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{where} holds half of a character.", "Write the character as a whole.") from None
     return Prompt(text.strip(), negative, seed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,3 +121,22 @@ def test_those_that_come_with_bootcli() -> None:
     assert len({prompt.text for prompt in found}) == 200
     assert not any(prompt.negative for prompt in found)
     assert prompts.DEFAULT.is_file()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path: Path) -> None:
+    """Eight bytes for each, whatever its length; measured in a process of its own."""
+    file = tmp_path / "prompts.txt"
+    with file.open("w") as stream:
+        for number in range(200_000):
+            stream.write(f"a red fox in deep snow at dawn, an oil painting of an old master, number {number}\n")
+    script = """
+import resource, sys
+from bootcli.prompts import read_prompts
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+prompts = read_prompts(sys.argv[1])
+assert len(prompts) == 200_000 and prompts[123_456].text.endswith("number 123456")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 8 * 1024, "KiB; the file alone has 15 MiB"

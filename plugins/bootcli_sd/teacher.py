@@ -32,6 +32,8 @@ from bootcli_sd.single_file import Parts, read_single_file
 from bootcli_sd.text import TextEncoder, digest_of, load_pairs
 
 RECIPE, FEATURES = "recipe.json", "features"
+UNIT = 8
+"""Pixels of which diffusers' pipelines draw multiples."""
 DECODED = 4
 """Latents decoded at a time."""
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -138,12 +140,13 @@ class SDTeacher(Teacher):
         self._text = self._vae = None
 
     def use_resolution(self, width: int, height: int) -> None:
-        """Any multiple of the pixels of a latent: the network is a pyramid of convolutions and attention, and diffusers
-        crops what does not halve."""
-        if width % self.pixels or height % self.pixels:
+        """Any multiple of what a latent and diffusers' pipelines ask for; the network itself upsamples to the size that
+        it halved, even or odd."""
+        unit = max(self.pixels, UNIT)
+        if width % unit or height % unit:
             raise UsageError(
-                f"--resolution {width}x{height}: a latent of this teacher is {self.pixels}x{self.pixels} pixels.",
-                f"Take multiples of {self.pixels}; those of {8 * self.pixels} are the usual ones.",
+                f"--resolution {width}x{height}: this teacher draws multiples of {unit} pixels.",
+                f"Near the size that it was trained at, multiples of {8 * unit} are the usual ones.",
             )
         sides = height // self.pixels, width // self.pixels
         net: Any = self.net
