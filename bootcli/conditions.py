@@ -23,6 +23,7 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bootcli.errors import BootError
 from bootcli.prompts import Prompts
 from bootcli.teachers.protocol import Cond, Teacher
 
@@ -91,7 +92,9 @@ class Embeddings:
     def _encode(self, index: Tensor) -> int:
         numbers = index.tolist()
         texts = [self.text_of(number) for number in numbers]
-        made = {name: tensor.cpu() for name, tensor in self.teacher.condition(texts).tensors.items()}
+        device = next(self.teacher.net.parameters()).device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):  # whoever asks, rows are the same
+            made = {name: tensor.cpu() for name, tensor in self.teacher.condition(texts).tensors.items()}
         kinds = {name: _kind(tensor) for name, tensor in made.items()}
         if not self._table or any(kinds[name] == "F32" and self._table[name].dtype != np.float32 for name in made):
             self._make({name: (kinds[name], tensor.shape[1:]) for name, tensor in made.items()})
@@ -115,8 +118,14 @@ class Embeddings:
     def _make(self, rows: Mapping[str, tuple[str, Sequence[int]]]) -> None:
         """A file without a row, for rows of these types and shapes; if another run was faster, its file is taken."""
         folder = user_cache_path("bootcli") / "prompts"
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".safetensors")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".safetensors")
+        except OSError as error:
+            raise BootError(
+                f"Text embeddings cannot be kept in {folder}: {error.strerror}.",
+                "Set XDG_CACHE_HOME to a folder that can be written.",
+            ) from error
         temporary = Path(name)
         try:
             with os.fdopen(handle, "wb") as file:

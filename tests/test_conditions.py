@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bootcli import conditions
 from bootcli.conditions import Embeddings, PromptPool
-from bootcli.plugin import Cond
+from bootcli.plugin import BootError, Cond
 from bootcli.prompts import Prompt, Prompts
 
 
@@ -29,6 +29,7 @@ class Words:
         self.scale = scale
         self.pause = pause
         self.encoded: list[str | None] = []
+        self.net = torch.nn.Linear(1, 1)
 
     def fingerprint(self) -> str | None:
         return self.mark
@@ -120,6 +121,14 @@ def test_large_numbers_are_kept_in_full() -> None:
     assert ours.path is not None
     assert load_file(ours.path)["text"].dtype == torch.float32
     assert right(of(Words()), torch.arange(200), 1024.0)
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(BootError, match="cannot be kept in") as error:
+        of(Words()).rows(index(1))
+    assert "XDG_CACHE_HOME" in error.value.hint
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "other", "empty"])

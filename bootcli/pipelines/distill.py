@@ -305,7 +305,7 @@ class Estimate:
 
 
 def dry_run(config: DistillConfig) -> Estimate:
-    """Set the run up, take three updates, write nothing.
+    """Set the run up, take three updates, write nothing but text embeddings, which the run will find.
 
     Whoever learns beside the student does so at once here. The second update makes teacher paths, where the run stores
     any, and the third does not.

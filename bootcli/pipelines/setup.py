@@ -98,7 +98,7 @@ def prompts_of(teacher: Teacher, config: DistillConfig, wanted: Prompts | None =
     if teacher.spec.conditioning == "text":
         return read_prompts(config.prompts) if wanted is None else wanted
     if wanted is not None:
-        raise UsageError(f"--prompt: the teacher {config.teacher} takes no prompts.", "Leave it out.")
+        raise UsageError(f"The teacher {config.teacher} takes no prompts.", "Leave them out.")
     return None
 
 
