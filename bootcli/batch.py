@@ -12,10 +12,11 @@ from torch import Tensor
 from bootcli.companion import Companion
 from bootcli.config import DistillConfig
 from bootcli.critic import Critic
+from bootcli.deck import Pool
 from bootcli.errors import UsageError
 from bootcli.judge import Judge
 from bootcli.objectives.adversary import Adversary, AdversaryDraw
-from bootcli.objectives.base import Objective, Terms
+from bootcli.objectives.base import Conditions, Objective, Terms
 from bootcli.objectives.corrector import Corrector, CorrectorDraw
 from bootcli.objectives.kd import KD, KDDraw
 from bootcli.objectives.refiner import Refiner, RefinerDraw
@@ -41,7 +42,7 @@ class Work:
 
     student: Student
     objective: Objective[Any]
-    conditions: Cond
+    conditions: Conditions
     t_max: float
     corrector: Corrector | None = None
     critic: Critic | None = None
@@ -189,6 +190,7 @@ class Batch:
         step: the update, from 1.
         progress: share of the training that is done, in [0, 1].
         generator: of this update.
+        pool: what conditions are drawn from.
     """
 
     def __init__(
@@ -200,9 +202,9 @@ class Batch:
         step: int,
         progress: float,
         generator: torch.Generator,
+        pool: Pool,
     ) -> None:
         self.work, self.config, self.companions, self.sizes, self.step = work, config, companions, sizes, step
-        pool = len(work.conditions)
         prediction = work.objective.draw(generator, sizes.prediction, pool, progress)
         correction = refinement = replay = adversary = None
         if work.corrector is not None and sizes.correction:

@@ -256,6 +256,8 @@ class DistillConfig:
     classes: tuple[Count, ...] | None = None
     """Class labels to distil; None is all of them."""
     guidance_scale: Annotated[float, Ge(0)] = 1.0
+    resolution: tuple[Positive, Positive] | None = None
+    """Width and height of images in pixels; None: the teacher's own."""
     clock: Literal["native", "log"] = "native"
     """How times lie between data and noise: as the teacher's family spaces them, or uniformly in log sigma."""
     steps: Positive = 20_000

@@ -3,25 +3,37 @@
 | form | a prompt is |
 |---|---|
 | text | a line, a negative prompt behind a tab if there is one; no line is blank or begins with # |
-| ``.jsonl`` | a JSON object a line: ``prompt``, and if you like ``negative_prompt`` |
+| ``.jsonl`` | a JSON object a line: ``prompt``, and if you like ``negative_prompt`` and ``seed`` |
+
+A prompt with a seed is drawn from that seed whenever its turn comes, in samples, evaluations and previews; training
+draws its own noise. There may be millions of prompts: they are read line by line, and kept on disk.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
+import itertools
 import json
 import os
+import shutil
 import sys
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 
 from bootcli.errors import UsageError
 
 DEFAULT = Path(__file__).with_name("prompts.txt")
 """Two hundred varied prompts, written for bootcli."""
 STDIN = "-"
-_KEYS = {"prompt", "negative_prompt"}
+IN_MEMORY = 2**20
+"""Bytes of prompts that are not worth a file."""
+_KEYS = {"prompt", "negative_prompt", "seed"}
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
+_EXAMPLE = 'Each line is like {"prompt": "a fox", "negative_prompt": "snow", "seed": 7}.'
 
 
 @dataclass(frozen=True)
@@ -31,13 +43,73 @@ class Prompt:
     Args:
         text: what to draw.
         negative: what guidance leads away from; None: what the run says.
+        seed: what its image is drawn from; None: the seed of the image.
     """
 
     text: str
     negative: str | None = None
+    seed: int | None = None
+
+    @property
+    def line(self) -> str:
+        """As a JSON object."""
+        facts = {"prompt": self.text, "negative_prompt": self.negative, "seed": self.seed}
+        return _to_json({key: value for key, value in facts.items() if value is not None})
 
 
-def read_prompts(source: str | None) -> list[Prompt]:
+class Prompts:
+    """Prompts by their number, as JSON lines in a temporary file: in memory each takes eight bytes.
+
+    Args:
+        prompts: read once, in order.
+    """
+
+    digest: str
+    """A hash of the texts."""
+    own_negatives: bool
+    """Whether any prompt has a negative one of its own."""
+
+    def __init__(self, prompts: Iterable[Prompt]) -> None:
+        self._file = SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115  # it lives as long as this object
+        self._starts = array("Q")
+        self.own_negatives = False
+        digest, end = hashlib.blake2b(digest_size=16), 0
+        for prompt in prompts:
+            self._starts.append(end)
+            end += self._file.write(f"{prompt.line}\n".encode())
+            self.own_negatives |= prompt.negative is not None
+            text = prompt.text.encode()
+            digest.update(b"%d " % len(text) + text)
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, number: int) -> Prompt:
+        self._file.seek(self._starts[number])
+        entry = json.loads(self._file.readline())
+        return Prompt(entry["prompt"], entry.get("negative_prompt"), entry.get("seed"))
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return map(self.__getitem__, range(len(self)))
+
+    def in_turn(self, number: int) -> Prompt:
+        """The prompt of an image, one after the other."""
+        return self[number % len(self)]
+
+    def seed_of(self, number: int) -> int:
+        """What the image of that number is drawn from."""
+        seed = self.in_turn(number).seed
+        return number if seed is None else seed
+
+    def write(self, path: Path) -> None:
+        """Keep them as JSON lines, whatever form they came in."""
+        self._file.seek(0)
+        with path.open("wb") as file:
+            shutil.copyfileobj(self._file, file)
+
+
+def read_prompts(source: str | None) -> Prompts:
     """The prompts of a file, of all files of a pattern (``prompts/*.txt``), or of standard input (``-``).
 
     Args:
@@ -45,25 +117,18 @@ def read_prompts(source: str | None) -> list[Prompt]:
 
     Raises `UsageError` for a source without prompts and for a line that is none, which it names.
     """
-    found = [prompt for name, content in _sources(source) for prompt in _parse(name, content)]
-    if not found:
+    found = Prompts(prompt for name, lines in _sources(source) for prompt in _parse(name, lines))
+    if not len(found):
         raise UsageError(f"{source} holds no prompts.", "Write one prompt per line.")
     return found
 
 
-def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
-    """Keep prompts as JSON lines, whatever form they came in."""
-    lines = []
-    for prompt in prompts:
-        facts = {"prompt": prompt.text, "negative_prompt": prompt.negative}
-        lines.append(json.dumps({key: value for key, value in facts.items() if value is not None}, ensure_ascii=False))
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def _sources(source: str | None) -> Iterator[tuple[str, str]]:
-    """Names and contents."""
+def _sources(source: str | None) -> Iterator[tuple[str, Iterator[str]]]:
+    """Names and lines."""
     if source == STDIN:
-        yield "standard input", _standard_input()
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UsageError("--prompts -: several processes cannot share standard input.", "Give a file.")
+        yield "standard input", _lines("standard input", sys.stdin.buffer)
         return
     path = DEFAULT if source is None else Path(source).expanduser()
     paths = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path)))]  # noqa: PTH207  # which takes no absolute one
@@ -71,25 +136,30 @@ def _sources(source: str | None) -> Iterator[tuple[str, str]]:
         raise UsageError(f"Cannot read prompts from {source}: there is no such file.", "Check the path or the pattern.")
     for each in paths:
         try:
-            yield str(each), each.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            with each.open("rb") as file:
+                yield str(each), _lines(str(each), file)
+        except OSError as error:
             raise UsageError(f"Cannot read prompts from {each}: {error}.", "Give a text file in UTF-8.") from error
 
 
-def _standard_input() -> str:
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UsageError("--prompts -: several processes cannot share standard input.", "Give a file.")
+def _lines(name: str, file: Iterable[bytes]) -> Iterator[str]:
+    """Lines of UTF-8, which end where a text file's do, and not at the other ends of lines that Unicode knows."""
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
+        for number, line in enumerate(file):
+            yield line.decode("utf-8" if number else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"Cannot read prompts from standard input: {error}.", "Give text in UTF-8.") from error
+        raise UsageError(f"Cannot read prompts from {name}: {error}.", "Give text in UTF-8.") from error
 
 
-def _parse(name: str, content: str) -> Iterator[Prompt]:
-    structured = name.endswith(".jsonl") or (name == "standard input" and content.lstrip().startswith("{"))
-    for number, line in enumerate(content.split("\n"), 1):  # and not at the other ends of lines that Unicode knows
-        where = f"{name}, line {number}"
-        if line.strip() and (structured or not line.lstrip().startswith("#")):
+def _parse(name: str, lines: Iterator[str]) -> Iterator[Prompt]:
+    numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    first = next(numbered, None)
+    if first is None:
+        return
+    structured = name.endswith(".jsonl") or (name == "standard input" and first[1].lstrip().startswith("{"))
+    for number, line in itertools.chain([first], numbered):
+        if structured or not line.lstrip().startswith("#"):
+            where = f"{name}, line {number}"
             yield _from_json(where, line) if structured else _from_text(where, line)
 
 
@@ -106,9 +176,15 @@ def _from_json(where: str, line: str) -> Prompt:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: {error}.", "Each line is a JSON object with a prompt.") from None
     table = entry if isinstance(entry, dict) else {}
-    text, negative = table.get("prompt"), table.get("negative_prompt")
+    text, negative, seed = table.get("prompt"), table.get("negative_prompt"), table.get("seed")
     if not isinstance(text, str) or not text.strip() or not isinstance(negative, str | None):
-        raise UsageError(f"{where} is no prompt.", 'Each line is like {"prompt": "a fox", "negative_prompt": "snow"}.')
+        raise UsageError(f"{where} is no prompt.", _EXAMPLE)
+    if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
+        raise UsageError(f"{where}: the seed is {seed!r}, not a whole number from 0 to 2^63 - 1.", _EXAMPLE)
     if unknown := sorted(table.keys() - _KEYS):
         raise UsageError(f"{where}: unknown key {unknown[0]!r}.", f"There are: {', '.join(sorted(_KEYS))}.")
-    return Prompt(text.strip(), negative)
+    try:
+        f"{text}{negative}".encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{where} holds half of a character.", "Write the character as a whole.") from None
+    return Prompt(text.strip(), negative, seed)

@@ -23,6 +23,8 @@ from bootcli.teachers.view import TeacherView
 
 CondOf = Callable[[Sequence[int]], Cond]
 """The conditions of the images with these seeds."""
+SeedOf = Callable[[int], int]
+"""What the noise of an image is drawn from, by its seed: itself (`int`), unless its prompt brings another."""
 
 
 def prior_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
@@ -49,6 +51,7 @@ def student_images(
     batch_size: int,
     engine: Engine,
     starts: Sequence[float] = (),
+    seed_of: SeedOf = int,
 ) -> Iterator[Tensor]:
     """Samples in ``1 + len(starts)`` steps as uint8 batches (b, c, H, W) on the CPU.
 
@@ -59,10 +62,12 @@ def student_images(
         batch_size: images at a time.
         engine: where and in what precision.
         starts: falling times that the sample is noised to, and drawn again from (`bootcli.objectives.refiner`).
+        seed_of: see `SeedOf`.
     """
     for batch in _batches(seeds, batch_size):
         rows = _pair(batch)
-        first, *later = noises(rows, 1 + len(starts), student.teacher.spec.sample_shape).to(engine.device)
+        drawn = noises([*map(seed_of, rows)], 1 + len(starts), student.teacher.spec.sample_shape)
+        first, *later = drawn.to(engine.device)
         cond = cond_of(rows).to(engine.device)
         with engine.autocast():
             z = student.sample(first, cond)
@@ -74,7 +79,13 @@ def student_images(
 
 @torch.no_grad()
 def teacher_images(
-    view: TeacherView, steps: int, cond_of: CondOf, seeds: Sequence[int], batch_size: int, engine: Engine
+    view: TeacherView,
+    steps: int,
+    cond_of: CondOf,
+    seeds: Sequence[int],
+    batch_size: int,
+    engine: Engine,
+    seed_of: SeedOf = int,
 ) -> Iterator[Tensor]:
     """Samples of the reference sampler (DDIM, eta 0, trailing; or Heun) as uint8 batches (b, c, H, W) on the CPU.
 
@@ -83,7 +94,8 @@ def teacher_images(
     times = reference_times(view, steps)
     for batch in _batches(seeds, batch_size):
         rows = _pair(batch)
-        x = view.schedule.prior_scale * prior_noise(rows, view.teacher.spec.sample_shape).to(engine.device)
+        eps = prior_noise([*map(seed_of, rows)], view.teacher.spec.sample_shape)
+        x = view.schedule.prior_scale * eps.to(engine.device)
         cond = cond_of(rows).to(engine.device)
         with engine.autocast():
             z = _end_of_path(view, x, cond, times)
@@ -100,12 +112,13 @@ def paired_errors(
     seeds: Sequence[int],
     batch_size: int,
     engine: Engine,
+    seed_of: SeedOf = int,
 ) -> Iterator[Tensor]:
     """Mean squared errors between the student's y(eps, t_min, c) and the end of the teacher's path from the same noise
     (`teacher_endpoint`): one number per seed, in sample space, as batches (b,) on the CPU, float64."""
     for batch in _batches(seeds, batch_size):
         rows = _pair(batch)
-        eps = prior_noise(rows, student.teacher.spec.sample_shape).to(engine.device)
+        eps = prior_noise([*map(seed_of, rows)], student.teacher.spec.sample_shape).to(engine.device)
         cond = cond_of(rows).to(engine.device)
         with engine.autocast():
             error = student.sample(eps, cond) - teacher_endpoint(view, eps, cond, t_max, steps)

@@ -114,6 +114,17 @@ def decode_gives_images(probe: Probe) -> None:
     need(-10 < low < 0 < high < 10, f"decode gives values from {low:g} to {high:g}: are they scaled to [-1, 1]?")
 
 
+def what_is_let_go_comes_back(probe: Probe) -> None:
+    """After release, conditions and images are what they were; a fingerprint is the same text twice."""
+    teacher = probe.teacher
+    teacher.release()
+    again = Probe(teacher, probe.family, probe.device).cond
+    kept = all(probe.same(again.tensors[name].float(), tensor.float()) for name, tensor in probe.cond.tensors.items())
+    need(kept, "release changes the conditions.")
+    known = teacher.fingerprint()
+    need(known is None or (isinstance(known, str) and known == teacher.fingerprint()), "fingerprint is not one text.")
+
+
 def recipe_is_valid(probe: Probe) -> None:
     """Every key and value of recipe() is a setting of bootcli."""
     from bootcli.config import check_recipe
@@ -200,6 +211,7 @@ def build_remakes_the_teacher(probe: Probe) -> None:
 SPEC_CLAUSES: tuple[Clause, ...] = (spec_is_sane, schedule_runs_from_data_to_noise, conditions_are_checked)
 DESCRIPTION_CLAUSES: tuple[Clause, ...] = (
     decode_gives_images,
+    what_is_let_go_comes_back,
     recipe_is_valid,
     lora_targets_exist,
     description_is_text,

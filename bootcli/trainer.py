@@ -17,6 +17,7 @@ from torch import Tensor
 from bootcli.batch import Batch, MicroBatch, Parts, Work
 from bootcli.companion import Balance, Companion
 from bootcli.config import DistillConfig
+from bootcli.deck import Deck, Pool
 from bootcli.ema import EMA
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
@@ -76,6 +77,9 @@ class Trainer:
         self.config = config
         self.engine = engine
         self.step = 0
+        self.drawn = 0  # conditions, from the deck
+        text = work.student.teacher.spec.conditioning == "text"
+        self.deck = Deck(len(work.conditions), lambda epoch: stream(config.seed, 0, epoch)) if text else None
         self.seconds = 0.0
         self.parts = Parts.of(config, config.optimizer.accumulation or 1, engine.num_processes)
         student = work.student
@@ -128,7 +132,7 @@ class Trainer:
                 part.load_state(part.stand_in())
             companions = {name: each.heard() for name, each in self.companions.items()}
             for index in compositions.values():
-                batch = Batch(work, config, companions, sizes, 1, 0.0, stream(config.seed, 0))
+                batch = Batch(work, config, companions, sizes, 1, 0.0, stream(config.seed, 0), self._pool())
                 with engine.autocast():
                     loss = batch.micro_batch(work.student, index, engine.device).loss
                 engine.backward(loss)
@@ -167,6 +171,8 @@ class Trainer:
         engine.step([self.optimizer, *(each.optimizer for each in present.values())], rates)
         self.ema.update(self.work.student, step)
         self.step = step
+        if self.deck is not None:
+            self.drawn = self.deck.drawn
         seconds = time.perf_counter() - began
         self.seconds += seconds
         return report(step, loss, batches, self.work.t_max, norms[0], rate, seconds)
@@ -177,6 +183,13 @@ class Trainer:
             return 0.0
         share = self.seconds / (60 * self.config.max_minutes)
         return share if self.engine.num_processes == 1 else float(self.engine.mean(torch.tensor(share)))
+
+    def _pool(self) -> Pool:
+        """Where the next update draws its conditions from."""
+        if self.deck is None:
+            return len(self.work.conditions)
+        self.deck.drawn = self.drawn
+        return self.deck
 
     def _present(self, step: int) -> dict[str, Companion]:
         """The companions that learn in this update."""
@@ -190,10 +203,11 @@ class Trainer:
         sizes = self.parts if "critic" in present else self.parts.without_correction()
         micro = sizes.shares // engine.num_processes
         at_once = sizes.whole // sizes.shares
-        work.objective.renew(generator, sizes.prediction, step, engine, min(at_once, sizes.prediction))
+        pool = self._pool()
+        work.objective.renew(generator, sizes.prediction, pool, step, engine, min(at_once, sizes.prediction))
         if work.replay is not None:
-            work.replay.renew(generator, sizes.replay, step, engine, min(at_once, sizes.replay))
-        batch = Batch(work, config, present, sizes, step, progress, generator)
+            work.replay.renew(generator, sizes.replay, pool, step, engine, min(at_once, sizes.replay))
+        batch = Batch(work, config, present, sizes, step, progress, generator, pool)
         done = []
         for part in range(micro):
             index = part * engine.num_processes + engine.rank
@@ -232,6 +246,7 @@ class Trainer:
         facts = {
             "step": self.step,
             "seconds": self.seconds,
+            "drawn": self.drawn,
             "balance": {name: dataclasses.asdict(each.balance) for name, each in self.companions.items()},
             "scaler": scaler.state_dict() if scaler else None,
             "base": self._base,
@@ -261,6 +276,7 @@ class Trainer:
         if self.engine.scaler is not None and facts["scaler"]:
             self.engine.scaler.load_state_dict(facts["scaler"])
         self.step, self.seconds = int(facts["step"]), float(facts["seconds"])
+        self.drawn = int(facts.get("drawn", 0))  # an older state has none
 
     def _balance(self, batches: list[MicroBatch]) -> None:
         """Take the pulls of this update into the balances of the next ones."""

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from bootcli.pipelines.events import Event, Previewed, Scored, Started, Stepped, Warned
+from bootcli.pipelines.events import Encoded, Event, Previewed, Scored, Started, Stepped, Warned
 
 LINE_EVERY = 10.0
 """Seconds between plain progress lines."""
@@ -97,6 +97,8 @@ class _Training:
                 self.display.note(f"{label:<10} {value}")
             if event.first_step:
                 self.display.note(f"going on after step {event.first_step}")
+        elif isinstance(event, Encoded):
+            self.display.advance("prompts", event.done, event.total, unit="prompts/s")
         elif isinstance(event, Stepped):
             report = event.report
             details = f"loss {report.loss:.4g}  residual {report.residual:.4g}"
@@ -117,7 +119,7 @@ class _Pace:
     def __init__(self) -> None:
         self.marks: deque[tuple[float, int]] = deque(maxlen=50)
 
-    def words(self, done: int, total: int, images: int) -> str:
+    def words(self, done: int, total: int, images: int, unit: str) -> str:
         """Images per second, and the time left; empty until there are two reports."""
         self.marks.append((time.monotonic(), done))
         (began, first), (now, last) = self.marks[0], self.marks[-1]
@@ -126,7 +128,7 @@ class _Pace:
         rate = (last - first) / (now - began)
         left = f"  {duration((total - done) / rate)} left" if done < total else ""
         speed = rate * images
-        return f"{speed:.{0 if speed >= 10 else 1}f} img/s{left}"
+        return f"{speed:.{0 if speed >= 10 else 1}f} {unit}{left}"
 
 
 class _Display:
@@ -136,10 +138,12 @@ class _Display:
         self.paces: dict[str, _Pace] = {}
         self.shown = 0.0
 
-    def advance(self, stage: str, done: int, total: int, details: str = "", images: int = 1) -> None:
+    def advance(
+        self, stage: str, done: int, total: int, details: str = "", images: int = 1, unit: str = "img/s"
+    ) -> None:
         """``done`` of ``total`` of a stage, each worth so many images."""
         first = stage not in self.paces
-        pace = self.paces.setdefault(stage, _Pace()).words(done, total, images)
+        pace = self.paces.setdefault(stage, _Pace()).words(done, total, images, unit)
         self.draw(stage, done, total, "  ".join(part for part in (details, pace) if part), first)
 
     def draw(self, stage: str, done: int, total: int, details: str, first: bool) -> None:

@@ -15,8 +15,9 @@ from bootcli.plugin import Teacher
 
 
 @pytest.fixture(autouse=True)
-def _quiet_and_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quiet_and_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("BOOTCLI_DEBUG", raising=False)
 
 

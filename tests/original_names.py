@@ -62,9 +62,7 @@ VAE = {
 }
 
 
-def single_file(
-    unet: Mapping[str, Tensor], vae: Mapping[str, Tensor], text: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def single_file(unet: Mapping[str, Tensor], vae: Mapping[str, Tensor], text: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a Stable Diffusion 1.x as its original code names them."""
     named: dict[str, Tensor] = {}
     parts = unet_parts(unet)

@@ -290,6 +290,7 @@ CASES: Mapping[str, Case] = {
     "bytes": Case("decode_gives_images", lambda: edited(lambda t: setattr(t, "decode", lambda z: z * 255))),
     "zero to one": Case("decode_gives_images", lambda: edited(lambda t: setattr(t, "decode", lambda z: (z + 1) / 2))),
     "two channels": Case("decode_gives_images", lambda: answering("decode", torch.randn(2, 2, 4, 4))),
+    "fingerprint is a number": Case("what_is_let_go_comes_back", lambda: answering("fingerprint", 3)),
     "unknown setting": Case("recipe_is_valid", lambda: answering("recipe", {"boot.gamma": 1})),
     "bad setting": Case("recipe_is_valid", lambda: answering("recipe", {"boot.delta": "large"})),
     "no such module": Case("lora_targets_exist", lambda: answering("lora_targets", ("to_q",))),

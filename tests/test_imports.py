@@ -21,7 +21,7 @@ LAYERS = [
     {"bootcli.closed_form", "bootcli.testing", "bootcli.testing_network", "bootcli.plugin"},
     {"bootcli.ema", "bootcli.engine", "bootcli.lora", "bootcli.muon", "bootcli.optimizer"},
     {"bootcli.student", "bootcli.critic", "bootcli.memory"},
-    {"bootcli.judge", "bootcli.companion"},
+    {"bootcli.judge", "bootcli.companion", "bootcli.deck", "bootcli.conditions"},
     {"bootcli.objectives"},
     {"bootcli.batch"},
     {"bootcli.trainer"},

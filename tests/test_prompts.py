@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bootcli import prompts
 from bootcli.errors import UsageError
-from bootcli.prompts import Prompt, read_prompts, write_prompts
+from bootcli.prompts import Prompt, Prompts, read_prompts
 
 
 def test_a_text_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeff# a comment\n  a fox \r\n\n a sign # 7\nein Fuß\tSchnee, Regen\na #1\n".encode())
-    assert read_prompts(str(file)) == [
+    assert list(read_prompts(str(file))) == [
         Prompt("a fox"),
         Prompt("a sign # 7"),
         Prompt("ein Fuß", "Schnee, Regen"),
@@ -25,12 +27,27 @@ def test_a_text_file(tmp_path: Path) -> None:
 
 def test_json_lines_and_back(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
-    lines = ['{"prompt": "a fox", "negative_prompt": ""}', "", r'{"prompt": "# a ☃\u2028b\u0085c"}', ""]
+    lines = ['{"prompt": "a fox", "negative_prompt": ""}', "", r'{"prompt": "# a ☃\u2028b\u0085c", "seed": 7}', ""]
     file.write_text("\n".join(lines), encoding="utf-8")
     found = read_prompts(str(file))
-    assert found == [Prompt("a fox", ""), Prompt("# a ☃\u2028b\u0085c")]
-    write_prompts(tmp_path / "again.jsonl", found)
-    assert read_prompts(str(tmp_path / "again.jsonl")) == found
+    assert list(found) == [Prompt("a fox", ""), Prompt("# a ☃\u2028b\u0085c", seed=7)]
+    assert found.own_negatives
+    found.write(tmp_path / "again.jsonl")
+    again = read_prompts(str(tmp_path / "again.jsonl"))
+    assert list(again) == list(found)
+    assert again.digest == found.digest
+
+
+def test_prompts_by_their_number() -> None:
+    some = Prompts(Prompt(f"number {i}", seed=i % 2 or None) for i in range(5))
+    assert len(some) == 5
+    assert [some[i].text for i in (3, 0, 4)] == ["number 3", "number 0", "number 4"]
+    assert some.in_turn(12) == some[2]
+    assert [some.seed_of(number) for number in (10, 11, 12, 13)] == [10, 1, 12, 1]
+    assert not some.own_negatives
+    assert some.digest == Prompts(map(Prompt, (f"number {i}" for i in range(5)))).digest, "of the texts alone"
+    assert some.digest != Prompts(map(Prompt, (f"number {i}" for i in range(4)))).digest
+    assert Prompts([Prompt("a"), Prompt("b")]).digest != Prompts([Prompt("ab")]).digest
 
 
 @pytest.mark.parametrize(
@@ -43,6 +60,10 @@ def test_json_lines_and_back(tmp_path: Path) -> None:
         ('{"prompt": "a", "negative_prompt": 1}', "line 2 is no prompt"),
         ('{"prompt": "a", "wings": 2}', "line 2: unknown key 'wings'"),
         ("[" * 5000, "line 2: "),
+        ('{"prompt": "a", "seed": -1}', "line 2: the seed is -1"),
+        ('{"prompt": "a", "seed": 1.0}', "line 2: the seed is 1.0"),
+        ('{"prompt": "a", "seed": true}', "line 2: the seed is True"),
+        (r'{"prompt": "a \ud83d"}', "line 2 holds half of a character"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -64,9 +85,9 @@ def test_a_pattern(tmp_path: Path) -> None:
 
 def test_standard_input_is_utf_8_in_either_form(monkeypatch: pytest.MonkeyPatch) -> None:
     standard_input(monkeypatch, "\ufeffein Fuß\r\n# not\na hare\tdogs\n".encode())
-    assert read_prompts("-") == [Prompt("ein Fuß"), Prompt("a hare", "dogs")]
+    assert list(read_prompts("-")) == [Prompt("ein Fuß"), Prompt("a hare", "dogs")]
     standard_input(monkeypatch, b'\n{"prompt": "a fox"}\n')
-    assert read_prompts("-") == [Prompt("a fox")]
+    assert list(read_prompts("-")) == [Prompt("a fox")]
     standard_input(monkeypatch, b"\xff")
     with pytest.raises(UsageError, match="standard input"):
         read_prompts("-")
@@ -100,3 +121,22 @@ def test_those_that_come_with_bootcli() -> None:
     assert len({prompt.text for prompt in found}) == 200
     assert not any(prompt.negative for prompt in found)
     assert prompts.DEFAULT.is_file()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path: Path) -> None:
+    """Eight bytes for each, whatever its length; measured in a process of its own."""
+    file = tmp_path / "prompts.txt"
+    with file.open("w") as stream:
+        for number in range(200_000):
+            stream.write(f"a red fox in deep snow at dawn, an oil painting of an old master, number {number}\n")
+    script = """
+import resource, sys
+from bootcli.prompts import read_prompts
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+prompts = read_prompts(sys.argv[1])
+assert len(prompts) == 200_000 and prompts[123_456].text.endswith("number 123456")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 8 * 1024, "KiB; the file alone has 15 MiB"

@@ -18,6 +18,7 @@ from bootcli.errors import UsageError
 from bootcli.pipelines.sample import sample
 from bootcli.pipelines.setup import condition_of
 from bootcli.plugin import Cond, Teacher
+from bootcli.prompts import Prompt, Prompts
 from bootcli.sampler import prior_noise, student_images, teacher_images
 from bootcli.store.artifact import find_artifact, load_student
 from bootcli.store.tensors import read_tensors, write_tensors
@@ -139,7 +140,8 @@ def test_more_steps_than_timesteps_are_refused(tiny_ddpm: Path) -> None:
     ("request_", "message"),
     [
         ({"class_label": 1}, "no classes"),
-        ({"prompt": "a cat"}, "takes no prompts"),
+        ({"prompts": Prompts([Prompt("a cat")])}, "takes no prompts"),
+        ({"resolution": (16, 16)}, "draw one size"),
         ({"num_images": 0}, "at least 1"),
         ({"batch_size": 0}, "at least 1"),
         ({"teacher_steps": 0}, "at least 1"),

@@ -30,6 +30,16 @@ def integers(text: str | None, flag: str) -> tuple[int, ...] | None:
         ) from error
 
 
+def pixels(text: str | None) -> tuple[int, int] | None:
+    """``"768x512"`` -> (768, 512), width and height; ``"512"`` -> (512, 512). Raises `UsageError`."""
+    if text is None:
+        return None
+    sides = text.split("x") if "x" in text else [text, text]
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise UsageError(f"--resolution {text}: expected pixels.", "Like: --resolution 512, or width x height: 768x512")
+    return int(sides[0]), int(sides[1])
+
+
 def find_run(run: Path | None) -> Path:
     """The run a command works on; the newest one, named on stderr, where it was left out. Raises `UsageError`."""
     from bootcli.store.rundir import newest_run

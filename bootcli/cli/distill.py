@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bootcli.cli.common import find_run, integers, print_json, to_toml
+from bootcli.cli.common import find_run, integers, pixels, print_json, to_toml
 from bootcli.cli.options import Device, JsonOption, MixedPrecision, examples, recipe
 from bootcli.errors import DoesNotFit, UsageError
 
@@ -58,6 +58,15 @@ GuidanceOption = Annotated[
         metavar="W",
         help="Guidance built into the student; 1 is none.",
         show_default=recipe(1.0),
+        rich_help_panel=TEACHER,
+    ),
+]
+ResolutionOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|WxH",
+        help="Pixels of an image, where the teacher draws several sizes.",
+        show_default="the teacher's own",
         rich_help_panel=TEACHER,
     ),
 ]
@@ -185,6 +194,7 @@ def distill(
     classes: ClassesOption = None,
     guidance_scale: GuidanceOption = None,
     negative_prompt: NegativePromptOption = None,
+    resolution: ResolutionOption = None,
     objective: ObjectiveOption = None,
     corrector: CorrectorOption = None,
     steps: StepsOption = None,
@@ -240,6 +250,8 @@ def _layers(params: Mapping[str, object], file: Path | None, overrides: list[str
     flags = {keys[name]: value for name, value in params.items() if keys[name] in known and value is not None}
     if "classes" in flags:
         flags["classes"] = integers(str(flags["classes"]), "--classes")
+    if "resolution" in flags:
+        flags["resolution"] = pixels(str(flags["resolution"]))
     return flags, read_overrides(overrides or ()), read_file(file) if file else {}
 
 

@@ -8,8 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from bootcli.cli.common import find_run, integers, print_json
-from bootcli.cli.options import BatchSizeOption, DeviceOption, JsonOption, RunArgument, SeedOption, examples
+from bootcli.cli.common import find_run, integers, pixels, print_json
+from bootcli.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    JsonOption,
+    PromptsOption,
+    ResolutionOption,
+    RunArgument,
+    SeedOption,
+    examples,
+)
 from bootcli.errors import BootError, UsageError
 
 EXAMPLES = examples("bootcli evaluate", "bootcli evaluate runs/mine --metric fid --metric pr -n 10000 --json")
@@ -62,6 +71,8 @@ def evaluate(
     repeats: RepeatsOption = 1,
     reference: ReferenceOption = None,
     save_reference: SaveReferenceOption = None,
+    prompts: PromptsOption = None,
+    resolution: ResolutionOption = None,
     nfe: NfeOption = "1",
     teacher_steps: TeacherStepsOption = "4,10,50",
     max_fid: MaxOption = None,
@@ -81,6 +92,7 @@ def evaluate(
         raise UsageError(f"--metric {unknown[0]}: there is no such metric.", f"There are: {', '.join(COLUMNS)}")
     if max_fid is not None and "fid" not in metrics:
         raise UsageError("--max-fid needs the FID.", "Add --metric fid.")
+    size = pixels(resolution)
     run = find_run(run)
     from bootcli import ui
     from bootcli.pipelines.evaluate import evaluate as measure
@@ -93,6 +105,8 @@ def evaluate(
             seed=seed,
             repeats=repeats,
             reference=reference,
+            prompts=prompts,
+            resolution=size,
             nfe=calls,
             teacher_steps=steps,
             batch_size=batch_size,

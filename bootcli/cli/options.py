@@ -33,4 +33,18 @@ DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 BatchSizeOption = Annotated[
     int, typer.Option(metavar="N", min=1, help="Images at a time: changes the speed, never an image.")
 ]
+PromptsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Prompts that images take in turn: a text file, .jsonl, a pattern, or - for standard input.",
+        show_default="the run's own",
+    ),
+]
+ResolutionOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|WxH", help="Pixels of an image, where the teacher draws several sizes.", show_default="the run's own"
+    ),
+]
 SeedOption = Annotated[int, typer.Option(metavar="N", min=0, max=2**62, help="Seed of image 0; image i has seed + i.")]

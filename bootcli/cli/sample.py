@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bootcli.cli.common import find_run, print_json
+from bootcli.cli.common import find_run, pixels, print_json
 from bootcli.cli.options import (
     BatchSizeOption,
     DeviceOption,
     JsonOption,
     OverwriteOption,
+    PromptsOption,
+    ResolutionOption,
     RunArgument,
     SeedOption,
     examples,
 )
+from bootcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from bootcli.prompts import Prompts
 
 EXAMPLES = examples("bootcli sample -n 64", "bootcli sample runs/mine --teacher-steps 50 --output teacher50")
 
-CountOption = Annotated[int, typer.Option("--num-images", "-n", metavar="N", min=1, help="How many images.")]
+CountOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-images", "-n", metavar="N", min=1, help="How many images.", show_default="16, or one for each prompt"
+    ),
+]
 ClassOption = Annotated[
     int | None, typer.Option("--class", metavar="K", min=0, help="Class of every image.", show_default="all in turn")
 ]
-PromptOption = Annotated[str | None, typer.Option(metavar="TEXT", help="Prompt of every image.")]
+PromptOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="What to draw; several take turns.", show_default="the run's prompts in turn"),
+]
 OutputOption = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where the images go.", show_default="RUN/samples")
 ]
@@ -38,9 +52,11 @@ TeacherStepsOption = Annotated[
 
 def sample(
     run: RunArgument = None,
-    num_images: CountOption = 16,
+    num_images: CountOption = None,
     class_: ClassOption = None,
     prompt: PromptOption = None,
+    prompts: PromptsOption = None,
+    resolution: ResolutionOption = None,
     seed: SeedOption = 0,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
@@ -51,7 +67,9 @@ def sample(
     as_json: JsonOption = False,
 ) -> None:
     """Draw images in one step, or a few: a PNG for each, and a grid of all."""
+    size = pixels(resolution)
     run = find_run(run)
+    wanted = _wanted(prompt, prompts)
     from bootcli.store.files import check_free
 
     if output is not None:
@@ -66,7 +84,8 @@ def sample(
             seed=seed,
             output=output,
             class_label=class_,
-            prompt=prompt,
+            prompts=wanted,
+            resolution=size,
             nfe=nfe,
             teacher_steps=teacher_steps,
             batch_size=batch_size,
@@ -77,7 +96,7 @@ def sample(
     if as_json:
         print_json(drawn)
     else:
-        rate = num_images / max(drawn.seconds, 1e-9)
+        rate = len(drawn.files) / max(drawn.seconds, 1e-9)
         ui.print_facts(
             {
                 "images": f"{len(drawn.files)} in {drawn.output}",
@@ -86,3 +105,14 @@ def sample(
                 "time": f"{drawn.seconds:.2f} s drawing ({rate:.0f} images/s), {drawn.write_seconds:.2f} s writing",
             }
         )
+
+
+def _wanted(texts: list[str] | None, source: str | None) -> Prompts | None:
+    """The prompts of the command line, or of a file."""
+    from bootcli.prompts import Prompt, Prompts, read_prompts
+
+    if texts and source is not None:
+        raise UsageError("--prompt and --prompts: each says what to draw.", "Give one of them.")
+    if source is not None:
+        return read_prompts(source)
+    return Prompts(map(Prompt, texts)) if texts else None

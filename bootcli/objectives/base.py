@@ -10,6 +10,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from bootcli.deck import Deck, Pool
 from bootcli.engine import Engine
 from bootcli.maths.broadcast import like
 from bootcli.student import Student
@@ -30,6 +31,16 @@ class Draw(Protocol):
 
 
 D = TypeVar("D", bound=Draw)
+
+
+class Conditions(Protocol):
+    """All conditions of a run, by their rows: a `Cond`, or prompts whose embeddings are on disk."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def rows(self, index: Tensor) -> Cond:
+        """The conditions at ``index``, shape (b,)."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +90,13 @@ class Objective(ABC, Generic[D]):
     """
 
     @abstractmethod
-    def draw(self, generator: torch.Generator, batch_size: int, pool: int, progress: float) -> D:
+    def draw(self, generator: torch.Generator, batch_size: int, pool: Pool, progress: float) -> D:
         """Noise, conditions, times and whatever else one update needs.
 
         Args:
             generator: of this update.
             batch_size: number of samples.
-            pool: number of conditions to draw from.
+            pool: what conditions are drawn from.
             progress: share of the training that is done, in [0, 1].
         """
 
@@ -98,13 +109,20 @@ class Objective(ABC, Generic[D]):
         """The loss of those samples; pure: the same arguments give the same value."""
 
     def renew(
-        self, generator: torch.Generator, batch_size: int, step: int, engine: Engine, at_once: int | None = None
+        self,
+        generator: torch.Generator,
+        batch_size: int,
+        pool: Pool,
+        step: int,
+        engine: Engine,
+        at_once: int | None = None,
     ) -> None:
         """Make what several updates share, before ``draw`` of update ``step`` (from 1); most share nothing.
 
         Args:
             generator: of this update.
             batch_size: samples that this part of the batch has.
+            pool: the conditions to draw from.
             step: the update.
             engine: device, processes.
             at_once: samples that the teacher is asked for together; None: as many as that.
@@ -211,6 +229,6 @@ def stratified(generator: torch.Generator, n: int, low: float, high: float, powe
     return low + ((strata + jitter) / n) ** power * (high - low)
 
 
-def conditions(generator: torch.Generator, n: int, pool: int) -> Tensor:
+def conditions(generator: torch.Generator, n: int, pool: Pool) -> Tensor:
     """n indices into a pool of conditions, (n,), int64."""
-    return torch.randint(pool, (n,), generator=generator)
+    return pool.take(n) if isinstance(pool, Deck) else torch.randint(pool, (n,), generator=generator)

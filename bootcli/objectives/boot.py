@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bootcli.config import BootConfig
+from bootcli.deck import Pool
 from bootcli.maths.broadcast import like
 from bootcli.maths.signal_ode import solve, step_ratio
 from bootcli.objectives.base import (
@@ -51,7 +52,7 @@ class Boot(Objective[PathDraw]):
         self.t_min = t_min
         self.t_max = t_max
 
-    def draw(self, generator: torch.Generator, batch_size: int, pool: int, progress: float) -> PathDraw:
+    def draw(self, generator: torch.Generator, batch_size: int, pool: Pool, progress: float) -> PathDraw:
         """t in [t_min, t_max), stratified over the batch, and s = t - delta, or t_min where that is below it.
 
         Where t_min still has noise, a step shorter than delta would have 1 - r near 0 in the weight's denominator: t

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bootcli.config import CorrectionConfig
+from bootcli.deck import Pool
 from bootcli.maths.broadcast import like
 from bootcli.maths.prediction import from_x0, to_x0
 from bootcli.maths.signal_ode import from_signal
@@ -86,7 +87,7 @@ class Corrector:
         self.t_min = t_min
         self.t_max = t_max
 
-    def draw(self, generator: torch.Generator, batch_size: int, pool: int) -> CorrectorDraw:
+    def draw(self, generator: torch.Generator, batch_size: int, pool: Pool) -> CorrectorDraw:
         """Noise levels stratified over the batch, crowded towards high noise for ``tau_power`` below 1."""
         m, shape = self.config.levels, self.teacher.teacher.spec.sample_shape
         eps = torch.randn(batch_size, *shape, generator=generator)

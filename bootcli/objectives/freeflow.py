@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bootcli.config import FreeFlowConfig
+from bootcli.deck import Pool
 from bootcli.maths.broadcast import like
 from bootcli.maths.schedule import Schedule
 from bootcli.maths.signal_ode import from_signal, step_ratio
@@ -58,7 +59,7 @@ class FreeFlow(Objective[PathDraw]):
         self.t_min = t_min
         self.t_max = t_max
 
-    def draw(self, generator: torch.Generator, batch_size: int, pool: int, progress: float) -> PathDraw:
+    def draw(self, generator: torch.Generator, batch_size: int, pool: Pool, progress: float) -> PathDraw:
         """s in [t_min, t_max), stratified, and its noisier neighbour t = s + delta, or t_max where that is above."""
         span = self.t_max - self.t_min
         eps = torch.randn(batch_size, *self.teacher.teacher.spec.sample_shape, generator=generator)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from bootcli.config import PathsConfig
+from bootcli.deck import Pool
 from bootcli.engine import Engine
 from bootcli.maths.signal_ode import solve
-from bootcli.objectives.base import Ends, Objective, Terms, adaptive, conditions, path_start
+from bootcli.objectives.base import Conditions, Ends, Objective, Terms, adaptive, conditions, path_start
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond
 from bootcli.teachers.view import TeacherView
@@ -58,7 +59,7 @@ class KD(Objective[KDDraw]):
     """
 
     def __init__(
-        self, config: PathsConfig, power: float, teacher: TeacherView, t_min: float, t_max: float, pool: Cond
+        self, config: PathsConfig, power: float, teacher: TeacherView, t_min: float, t_max: float, pool: Conditions
     ) -> None:
         self.config = config
         self.power = power
@@ -74,7 +75,13 @@ class KD(Objective[KDDraw]):
         self._next = 0
 
     def renew(
-        self, generator: torch.Generator, batch_size: int, step: int, engine: Engine, at_once: int | None = None
+        self,
+        generator: torch.Generator,
+        batch_size: int,
+        pool: Pool,
+        step: int,
+        engine: Engine,
+        at_once: int | None = None,
     ) -> None:
         """Put new paths into the buffer: some batches before the first update, later one every ``reuse`` updates."""
         if not len(self._eps):
@@ -86,7 +93,7 @@ class KD(Objective[KDDraw]):
         size = at_once or batch_size
         count += -count % engine.num_processes
         eps = torch.randn(count, *self._eps.shape[1:], generator=generator)
-        rows = conditions(generator, count, len(self.pool))
+        rows = conditions(generator, count, pool)
         mine = slice(engine.rank * count // engine.num_processes, (engine.rank + 1) * count // engine.num_processes)
         parts = zip(torch.split(eps[mine], size), torch.split(rows[mine], size), strict=True)
         points = engine.gather(torch.cat([self._follow(e, r, engine) for e, r in parts])).cpu()
@@ -136,7 +143,7 @@ class KD(Objective[KDDraw]):
         empty = {"eps": self._eps[:0], "rows": self._rows[:0], "points": self._points[:0]}
         return {name: t.new_zeros(1, *t.shape[1:]) for name, t in empty.items()} | {"next": torch.tensor(0)}
 
-    def draw(self, generator: torch.Generator, batch_size: int, pool: int, progress: float) -> KDDraw:
+    def draw(self, generator: torch.Generator, batch_size: int, pool: Pool, progress: float) -> KDDraw:
         """Paths of the buffer, uniformly, and points on them, in turn."""
         path = torch.randint(len(self._eps), (batch_size,), generator=generator)
         first = torch.randint(self.config.points, (1,), generator=generator)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bootcli.config import RefinerConfig
+from bootcli.deck import Pool
 from bootcli.maths.signal_ode import from_signal, solve
 from bootcli.objectives.base import adaptive, conditions
 from bootcli.student import Student
@@ -55,7 +56,7 @@ class Refiner:
         self.t_min = t_min
         self.times = torch.tensor([t_min + share * (t_max - t_min) for share in config.times], dtype=torch.float64)
 
-    def draw(self, generator: torch.Generator, batch_size: int, pool: int) -> RefinerDraw:
+    def draw(self, generator: torch.Generator, batch_size: int, pool: Pool) -> RefinerDraw:
         """Start times from the configured ones, in turn."""
         shape = self.teacher.teacher.spec.sample_shape
         eps, noise = (torch.randn(batch_size, *shape, generator=generator) for _ in range(2))

@@ -15,7 +15,7 @@ from bootcli.errors import UsageError
 from bootcli.evaluate import features_of, frechet, gaussian_fit
 from bootcli.manifold import NEIGHBOURS, Manifold, manifold_of, precision_recall, some_rows
 from bootcli.reference import Reference
-from bootcli.sampler import CondOf, paired_errors, reference_calls, student_images, teacher_images
+from bootcli.sampler import CondOf, SeedOf, paired_errors, reference_calls, student_images, teacher_images
 from bootcli.student import Student
 from bootcli.teachers.view import TeacherView
 
@@ -35,7 +35,7 @@ class Bench:
 
     Args:
         student, view: the student and its teacher.
-        cond_of: the conditions of both.
+        cond_of, seed_of: the conditions of both, and what their noise is drawn from.
         repeats: the seeds of each repeat.
         batch_size, engine: how to draw.
         reference: what images are compared with; None where nothing is.
@@ -49,6 +49,7 @@ class Bench:
     student: Student
     view: TeacherView
     cond_of: CondOf
+    seed_of: SeedOf
     repeats: Sequence[range]
     batch_size: int
     engine: Engine
@@ -65,7 +66,7 @@ class Bench:
         The error to its pair is that of one call: later ones draw noise of their own.
         """
         nfe = 1 + len(starts)
-        images = partial(student_images, self.student, starts=starts)
+        images = partial(student_images, self.student, starts=starts, seed_of=self.seed_of)
         label = "student" if nfe == 1 else f"student, {nfe} calls"
         numbers = [self._scores(self.reference, label, images, seeds) for seeds in self.repeats]
         if self.t_max is not None and nfe == 1:
@@ -75,7 +76,7 @@ class Bench:
 
     def of_teacher(self, steps: int) -> dict[str, object]:
         """The teacher's numbers at so many steps."""
-        images = partial(teacher_images, self.view, steps)
+        images = partial(teacher_images, self.view, steps, seed_of=self.seed_of)
         numbers = [self._scores(self.reference, f"teacher, {steps} steps", images, seeds) for seeds in self.repeats]
         return {"steps": steps, "nfe": reference_calls(self.view, steps), **_summary(numbers)}
 
@@ -102,7 +103,15 @@ class Bench:
 
     def _paired_mse(self, t_max: float, seeds: range) -> float:
         errors = paired_errors(
-            self.student, self.view, t_max, PAIRED_STEPS, self.cond_of, seeds, self.batch_size, self.engine
+            self.student,
+            self.view,
+            t_max,
+            PAIRED_STEPS,
+            self.cond_of,
+            seeds,
+            self.batch_size,
+            self.engine,
+            self.seed_of,
         )
         return float(torch.cat(list(self._reported("student and teacher in pairs", errors, seeds))).mean())
 

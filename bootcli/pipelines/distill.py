@@ -15,10 +15,11 @@ from bootcli.config import DistillConfig
 from bootcli.engine import Engine
 from bootcli.errors import BootError, Interrupted
 from bootcli.images import enlarge, grid, save_png, to_uint8
-from bootcli.pipelines.events import Event, Finished, Previewed, Saved, Scored, Started, Stepped, Warned
-from bootcli.pipelines.scoring import Scorer
+from bootcli.objectives.kd import FIRST_FILL
+from bootcli.pipelines.events import Encoded, Event, Finished, Previewed, Saved, Scored, Started, Stepped, Warned
+from bootcli.pipelines.scoring import FIRST_SEED, Scorer
 from bootcli.pipelines.setup import Distillation, facts_of, set_up
-from bootcli.prompts import read_prompts, write_prompts
+from bootcli.prompts import read_prompts
 from bootcli.sampler import prior_noise, teacher_endpoint
 from bootcli.signals import watch_signals
 from bootcli.store.artifact import save_student
@@ -34,6 +35,8 @@ ENDINGS = {TIME_IS_UP: "max_minutes", NO_BETTER: "patience"}
 """Why a run ends before its steps are done, by numbers that no signal has."""
 SETTINGS_OF = {"critic": "correction", "judge": "adversary"}
 """The section of each companion of the trainer."""
+PORTION = 20_000
+"""Prompts that are encoded at a time, ahead of the updates that draw them."""
 PREVIEWS = 10
 """Columns of a preview grid."""
 
@@ -70,15 +73,12 @@ def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite
         rundir.create(work.config, keep=resume)
         if prompts is not None and not resume:
             with atomic_file(rundir.prompts) as temporary:
-                write_prompts(temporary, prompts)
+                prompts.write(temporary)
     engine.wait()
-    session = _Session(rundir, work, trainer, loaded.family.name, engine)
+    session = Session(rundir, work, trainer, loaded.family.name, engine)
     events = session.events()
     if engine.is_main:
         yield Started(run, facts_of(work, loaded.origin, engine), trainer.step, config.steps)
-        if prompts and (long := loaded.teacher.too_long([prompt.text for prompt in prompts])):
-            text = f"{len(long)} of {len(prompts)} prompts are longer than the teacher reads, and are cut"
-            yield Warned(trainer.step, f"{text}, the first of them: {prompts[long[0]].text:.60}")
         yield from events
     else:  # the other processes compute, and say nothing
         for _ in events:
@@ -93,7 +93,7 @@ def _restore(trainer: Trainer, rundir: RunDir) -> None:
         raise BootError(f"The checkpoint in {rundir.checkpoints} does not fit this run: {error}.") from error
 
 
-class _Session:
+class Session:
     """One call of `distill`: the trainer's reports turned into files and events."""
 
     def __init__(self, rundir: RunDir, work: Distillation, trainer: Trainer, family: str, engine: Engine) -> None:
@@ -107,6 +107,7 @@ class _Session:
         self._previewed = -1
         self._watch = Watch([Score(**line) for line in rundir.scores()])  # type: ignore[arg-type]
         self._scorer: Scorer | None = None
+        self._encoded_to = 0
 
     def events(self) -> Iterator[Event]:
         """Train to the end, or to the signal that stops it."""
@@ -122,6 +123,10 @@ class _Session:
         with watch_signals() as wish:
             reports = self.trainer.run()
             while True:
+                for event in self.encode():
+                    yield event
+                    if wish.signum and self.engine.num_processes == 1:
+                        break  # what is missing is made when the run goes on
                 ending = self.engine.largest(wish.signum or self._ending())  # all processes stop at the same step
                 if ending in ENDINGS:
                     ended_by = ENDINGS[ending]
@@ -142,6 +147,32 @@ class _Session:
                     break
                 yield from self._after_step(report)
             yield from self._finish(began, first, ended_by)
+
+    def encode(self) -> Iterator[Event]:
+        """Make the text embeddings of the draws to come, where they are running out.
+
+        All that the run draws, if that is not more than a portion; the teacher's text encoder is there meanwhile only.
+        Each process makes its share.
+        """
+        config, trainer, engine, pool = self.config, self.trainer, self.engine, self.work.prompts
+        # No update draws more than a batch, but for the first, which fills a buffer of paths.
+        left = (config.steps - trainer.step + FIRST_FILL) * config.batch_size
+        needed = trainer.drawn + min(left, (1 + FIRST_FILL) * config.batch_size)
+        if pool is None or trainer.deck is None or needed <= self._encoded_to:
+            return
+        count = min(left, max(PORTION, (1 + FIRST_FILL) * config.batch_size))
+        rows = [trainer.deck.upcoming(trainer.drawn, count)]
+        if not self._encoded_to:
+            rows.append(torch.arange(PREVIEWS) % len(pool))
+            if config.watch.every:
+                rows.append((FIRST_SEED + torch.arange(config.watch.num_images)) % len(pool))
+        for done, total in pool.fill(torch.unique(torch.cat(rows))[engine.rank :: engine.num_processes]):
+            yield Encoded(done, total)
+        engine.wait()
+        self._encoded_to = trainer.drawn + count
+        self.work.view.teacher.release()
+        for warning in pool.warnings():
+            yield Warned(trainer.step, warning)
 
     def _ending(self) -> int:
         """One of `ENDINGS`, or 0."""
@@ -221,7 +252,9 @@ class _Session:
             return
         work, step = self.work, self.trainer.step
         teacher = work.view.teacher
-        eps = prior_noise(range(self.config.seed, self.config.seed + PREVIEWS), teacher.spec.sample_shape)
+        own = [None if work.prompts is None else work.prompts.prompts.in_turn(i).seed for i in range(PREVIEWS)]
+        seeds = [self.config.seed + i if seed is None else seed for i, seed in enumerate(own)]
+        eps = prior_noise(seeds, teacher.spec.sample_shape)
         eps = eps.to(self.engine.device)
         cond = work.conditions.rows(torch.arange(PREVIEWS) % len(work.conditions)).to(self.engine.device)
         with self.trainer.ema.applied_to(work.student):
@@ -230,6 +263,7 @@ class _Session:
                 self._teacher_samples = teacher_endpoint(work.view, eps, cond, work.t_max, steps)
             sample = work.student.sample(eps, cond)
         both = torch.cat([teacher.decode(self._teacher_samples), teacher.decode(sample)])
+        teacher.release()
         tiles = grid(to_uint8(both).cpu(), columns=PREVIEWS)
         path = self.rundir.previews / f"step-{step:08d}.png"
         save_png(enlarge(tiles, max(1, 64 // both.shape[-1])), path)

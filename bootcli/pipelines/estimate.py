@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -14,7 +15,9 @@ import torch
 from bootcli.config import DistillConfig, to_dict
 from bootcli.engine import Engine, is_out_of_memory
 from bootcli.memory import TIGHT, Need, Switch, need_of, switches
+from bootcli.pipelines.distill import Session
 from bootcli.pipelines.setup import facts_of, set_up, without_auto
+from bootcli.store.rundir import RunDir
 from bootcli.teachers.registry import load
 from bootcli.trainer import Trainer
 
@@ -50,7 +53,7 @@ class Estimate:
 
 
 def dry_run(config: DistillConfig) -> Estimate:
-    """Set the run up, take three updates, write nothing.
+    """Set the run up, take three updates, write nothing but text embeddings, which the run will find.
 
     Where memory runs out, what can be computed is told all the same.
     """
@@ -65,6 +68,8 @@ def dry_run(config: DistillConfig) -> Estimate:
         resolved, judge, facts = _later(work.config, config), work.judge, facts_of(work, loaded.origin, engine)
         need = need_of(teacher, resolved, device, judge)
         trainer = Trainer(work, work.config, engine)
+        for _ in Session(RunDir(Path()), work, trainer, loaded.family.name, engine).encode():
+            pass
         resolved = _later(trainer.config, config)
         seconds, measured = _measure(trainer, config, device)
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,16 @@ from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import INCEPTION
 from bootcli.manifold import MOST_ROWS, NEIGHBOURS, Manifold, manifold_of, some_rows
 from bootcli.pipelines.bench import PAIRED_STEPS, Bench, Progress
-from bootcli.pipelines.setup import condition_of, labels_of, refinement_starts, start_time, teacher_view
+from bootcli.pipelines.setup import (
+    condition_of,
+    labels_of,
+    prompts_of,
+    refinement_starts,
+    seed_of,
+    start_time,
+    teacher_view,
+)
+from bootcli.prompts import read_prompts
 from bootcli.reference import Reference, reference_for, write_reference
 from bootcli.sampler import reference_times
 from bootcli.store.artifact import load_student
@@ -38,6 +48,8 @@ def evaluate(
     seed: int = 0,
     repeats: int = 1,
     reference: str | None = None,
+    prompts: str | None = None,
+    resolution: tuple[int, int] | None = None,
     nfe: Sequence[int] = (1,),
     teacher_steps: tuple[int, ...] = (),
     batch_size: int = 64,
@@ -57,6 +69,8 @@ def evaluate(
         seed: of the first image.
         repeats: how often to draw anew; the mean is reported beside every number.
         reference: see `bootcli.reference.reference_for`; "paired" alone needs none.
+        prompts: where the prompts come from that images take in turn, by the seed (`read_prompts`); None: the run.
+        resolution: width and height in pixels, where the teacher allows it; None: those of the run.
         nfe: calls of the student for an image; above 1 for one that was trained to refine.
         teacher_steps: numbers of steps of the reference sampler to measure the teacher at.
         batch_size: images drawn at a time; changes the result by rounding at most.
@@ -73,11 +87,16 @@ def evaluate(
     wanted = _wanted(metrics)
     _check(num_images, repeats, (*nfe, *teacher_steps), batch_size)
     _check_reference(wanted, num_images, reference, save_reference)
+    asked = None if prompts is None else read_prompts(prompts)
     began = time.perf_counter()
     artifact = load_student(run)
     config, engine = artifact.config, Engine(device, "no")
+    if resolution is not None:
+        artifact.student.teacher.use_resolution(*resolution)
+        config = dataclasses.replace(config, resolution=resolution)
     teacher = load(config.teacher).teacher
     view = teacher_view(teacher, config, engine)
+    texts = prompts_of(teacher, config, asked)
     starts = [refinement_starts(teacher, config, calls) for calls in dict.fromkeys((1, *nfe))]
     for steps in teacher_steps:
         reference_times(view, steps)  # an impossible number is refused before any image is drawn
@@ -90,7 +109,8 @@ def evaluate(
     bench = Bench(
         student=artifact.student.to(engine.device),
         view=view,
-        cond_of=condition_of(teacher, config),
+        cond_of=condition_of(teacher, config, prompts=texts),
+        seed_of=seed_of(texts),
         repeats=[range(seed + k * num_images, seed + (k + 1) * num_images) for k in range(repeats)],
         batch_size=batch_size,
         engine=engine,
@@ -111,6 +131,8 @@ def evaluate(
         "reference": None if against is None else _facts(against, num_images),
         **bench.facts(),
         "sampler": _sampler(view),
+        "resolution": config.resolution,
+        "prompts": None if texts is None else {"source": prompts or config.prompts, "count": len(texts)},
         "num_images": num_images,
         "seed": seed,
         "repeats": repeats,

@@ -31,6 +31,14 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """Text embeddings that the next updates need were made: ``done`` of ``total``."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Stepped:
     """One update is done."""
 
@@ -92,4 +100,4 @@ class Finished:
     best: Score | None
 
 
-Event = Started | Stepped | Previewed | Saved | Scored | Warned | Finished
+Event = Started | Encoded | Stepped | Previewed | Saved | Scored | Warned | Finished

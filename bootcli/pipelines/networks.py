@@ -11,8 +11,9 @@ from bootcli.critic import Critic
 from bootcli.engine import Engine, is_out_of_memory
 from bootcli.errors import UsageError
 from bootcli.lora import Lora, fingerprint
+from bootcli.objectives.base import Conditions
 from bootcli.student import Student
-from bootcli.teachers.protocol import Cond, Head, Teacher
+from bootcli.teachers.protocol import Head, Teacher
 
 
 def head_of(teacher: Teacher, config: DistillConfig) -> Head:
@@ -88,7 +89,7 @@ def make_networks(teacher: Teacher, config: DistillConfig, engine: Engine) -> tu
 
 
 @torch.no_grad()
-def try_half(teacher: Teacher, pool: Cond, engine: Engine) -> None:
+def try_half(teacher: Teacher, pool: Conditions, engine: Engine) -> None:
     """Raise `UsageError` where the network does not run with half-precision weights outside of mixed precision."""
     x = torch.zeros(1, *teacher.spec.sample_shape, device=engine.device)
     cond = pool.rows(torch.zeros(1, dtype=torch.long)).to(engine.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 import zlib
@@ -17,8 +18,9 @@ from bootcli.config import Device
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.images import enlarge, grid, save_png
-from bootcli.pipelines.setup import condition_of, refinement_starts, request_of, teacher_view
-from bootcli.sampler import reference_calls, student_images, teacher_images
+from bootcli.pipelines.setup import condition_of, prompts_of, refinement_starts, request_of, seed_of, teacher_view
+from bootcli.prompts import Prompt, Prompts
+from bootcli.sampler import SeedOf, reference_calls, student_images, teacher_images
 from bootcli.store.artifact import Artifact, load_student
 from bootcli.store.files import check_free
 from bootcli.store.rundir import RunDir
@@ -26,6 +28,8 @@ from bootcli.teachers.registry import load
 
 GRID_SIDE = 4096
 """Largest side of a grid in image pixels; images that do not fit are left out of it."""
+FEW = 16
+"""Images that are drawn where nobody says how many, or what of."""
 VISIBLE = 64
 """Pixels an image is wide in the grid, if it has fewer."""
 
@@ -56,11 +60,12 @@ class Sampled:
 def sample(
     run: Path,
     *,
-    num_images: int = 16,
+    num_images: int | None = None,
     seed: int = 0,
     output: Path | None = None,
     class_label: int | None = None,
-    prompt: str | None = None,
+    prompts: Prompts | None = None,
+    resolution: tuple[int, int] | None = None,
     nfe: int = 1,
     teacher_steps: int | None = None,
     batch_size: int = 64,
@@ -74,15 +79,17 @@ def sample(
     default folder always means the same: what a request changes beside the seed gets a folder of its own below
     ``RUN/samples/`` (``class-3/``, ``teacher-50-steps/``), and drawing a seed again writes its file again. A folder
     that the caller names has to be empty, unless ``overwrite`` lets files of the same names be replaced. No file is
-    ever deleted.
+    ever deleted. Where a prompt brings a seed of its own, the noise of its images is drawn from that; their metadata
+    says so.
 
     Args:
         run: a run folder, its student folder or a student file.
-        num_images: how many.
+        num_images: how many; None: one for each of ``prompts``, or `FEW`.
         seed: of the first image.
         output: the folder; None is ``RUN/samples/``, for a student file outside a run ``samples/`` beside it.
         class_label: class of every image; None takes the classes of the run in turn, by the seed.
-        prompt: prompt of every image; None takes those of the run in turn.
+        prompts: that images take in turn, by the seed; None: those of the run.
+        resolution: width and height in pixels, where the teacher allows it; None: those of the run.
         nfe: calls of the student for each image; more than one needs a student that was trained to refine.
         teacher_steps: draw the teacher with that many steps of the reference sampler instead.
         batch_size: images at a time.
@@ -92,53 +99,59 @@ def sample(
 
     Raises `UsageError` for a request that the teacher cannot honour or a folder in use, `BootError` for broken files.
     """
-    if min(num_images, batch_size, nfe, 1 if teacher_steps is None else teacher_steps) < 1:
+    count = num_images if num_images is not None else FEW if prompts is None else len(prompts)
+    if min(count, batch_size, nfe, 1 if teacher_steps is None else teacher_steps) < 1:
         raise UsageError("Number of images, batch size, NFE and teacher steps must be at least 1.")
     if teacher_steps is not None and nfe > 1:
         raise UsageError("--nfe is of the student and --teacher-steps of the teacher.", "Give one of them.")
     if output is not None:
         check_free(output, overwrite=overwrite)
     artifact = load_student(run)
-    seeds = range(seed, seed + num_images)
-    drawing = _draw(artifact, seeds, class_label, prompt, nfe, teacher_steps, batch_size, Engine(device, "no"))
-    folder = output or RunDir(artifact.home).samples.joinpath(*_settings(class_label, prompt, nfe, teacher_steps))
+    if resolution is not None:
+        artifact.student.teacher.use_resolution(*resolution)
+        artifact = dataclasses.replace(artifact, config=dataclasses.replace(artifact.config, resolution=resolution))
+    seeds = range(seed, seed + count)
+    drawing = _draw(artifact, seeds, class_label, prompts, nfe, teacher_steps, batch_size, Engine(device, "no"))
+    settings = _settings(class_label, prompts, resolution, nfe, teacher_steps)
+    folder = output or RunDir(artifact.home).samples.joinpath(*settings)
     return _write(drawing, folder, seeds, progress)
 
 
 @dataclass(frozen=True)
 class _Drawing:
-    """Images still to be drawn, as uint8 batches, how, and what each seed is asked for."""
+    """Images still to be drawn, as uint8 batches, how, and what each seed is asked for and drawn from."""
 
     batches: Iterator[Tensor]
     nfe: int
     source: str
     request: Callable[[int], dict[str, str]]
+    seed_of: SeedOf
 
 
 def _draw(
     artifact: Artifact,
     seeds: range,
     class_label: int | None,
-    prompt: str | None,
+    wanted: Prompts | None,
     nfe: int,
     teacher_steps: int | None,
     batch_size: int,
     engine: Engine,
 ) -> _Drawing:
     config = artifact.config
+    teacher = artifact.student.teacher if teacher_steps is None else load(config.teacher).teacher
+    prompts = prompts_of(teacher, config, wanted)
+    cond_of = condition_of(teacher, config, class_label, prompts)
+    seed, request = seed_of(prompts), request_of(teacher, config, class_label, prompts)
     if teacher_steps is None:
         student = artifact.student.to(engine.device)
-        cond_of = condition_of(student.teacher, config, class_label, prompt)
-        starts = refinement_starts(student.teacher, config, nfe)
-        request = request_of(student.teacher, config, class_label, prompt)
-        return _Drawing(student_images(student, cond_of, seeds, batch_size, engine, starts), nfe, "student", request)
-    teacher = load(config.teacher).teacher
-    cond_of = condition_of(teacher, config, class_label, prompt)
+        starts = refinement_starts(teacher, config, nfe)
+        batches = student_images(student, cond_of, seeds, batch_size, engine, starts, seed)
+        return _Drawing(batches, nfe, "student", request, seed)
     view = teacher_view(teacher, config, engine)
-    batches = teacher_images(view, teacher_steps, cond_of, seeds, batch_size, engine)
+    batches = teacher_images(view, teacher_steps, cond_of, seeds, batch_size, engine, seed)
     source = f"teacher, {teacher_steps} step{'s' if teacher_steps > 1 else ''}"
-    request = request_of(teacher, config, class_label, prompt)
-    return _Drawing(batches, reference_calls(view, teacher_steps), source, request)
+    return _Drawing(batches, reference_calls(view, teacher_steps), source, request, seed)
 
 
 def _write(drawing: _Drawing, folder: Path, seeds: range, progress: Callable[[int, int], None] | None) -> Sampled:
@@ -150,7 +163,8 @@ def _write(drawing: _Drawing, folder: Path, seeds: range, progress: Callable[[in
         for image in batch:
             seed = seeds[len(files)]
             files.append(folder / f"{seed:06d}.png")
-            save_png(image, files[-1], {**_facts(drawing), "seed": str(seed), **drawing.request(seed)})
+            asked = {"seed": str(drawing.seed_of(seed)), **drawing.request(seed)}
+            save_png(image, files[-1], _facts(drawing) | asked)
             if len(tiles) < _room(image):
                 tiles.append(image)
         if progress is not None:
@@ -179,14 +193,26 @@ def _room(image: Tensor) -> int:
     return max(1, GRID_SIDE // height) * max(1, GRID_SIDE // width)
 
 
-def _settings(class_label: int | None, prompt: str | None, nfe: int, teacher_steps: int | None) -> Iterator[str]:
+def _settings(
+    class_label: int | None,
+    prompts: Prompts | None,
+    resolution: tuple[int, int] | None,
+    nfe: int,
+    teacher_steps: int | None,
+) -> Iterator[str]:
     """The folders below ``samples/`` that keep different requests apart."""
     if nfe > 1:
         yield f"nfe-{nfe}"
     if teacher_steps is not None:
         yield f"teacher-{teacher_steps}-steps"
+    if resolution is not None:
+        yield "{}x{}".format(*resolution)
     if class_label is not None:
         yield f"class-{class_label}"
-    if prompt is not None:
-        words = re.sub(r"\W+", "-", prompt.lower()).strip("-")
-        yield f"{words[:40]}-{zlib.crc32(prompt.encode()):08x}"
+    if prompts is not None:
+        only = prompts[0] if len(prompts) == 1 else None
+        words = re.sub(r"\W+", "-", only.text.lower()).strip("-") if only else f"{len(prompts)}-prompts"
+        check = 0
+        for prompt in prompts:
+            check = zlib.crc32((prompt.text if only == Prompt(prompt.text) else f"{prompt.line}\n").encode(), check)
+        yield f"{words[:40]}-{check:08x}"

@@ -56,6 +56,7 @@ class Scorer:
             images = (to_uint8(self.work.view.teacher.decode(z.to(self.engine.device))) for z in samples)
             found = statistics_of(images, self.reference.network, self.engine.device)
             fid = frechet(found, self.reference.statistics)
+        self.work.view.teacher.release()
         return Score(step, fid, _variance(torch.cat(samples)[:DIVERSE]) / max(self._teacher_variance, 1e-12))
 
     def _student(self) -> Iterator[Tensor]:

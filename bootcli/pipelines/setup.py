@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, assert_never
@@ -13,21 +13,22 @@ import torch
 from torch import Tensor
 
 from bootcli.batch import Work
+from bootcli.conditions import PromptPool
 from bootcli.config import DistillConfig
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.judge import Features, make_judge
 from bootcli.maths.broadcast import like
 from bootcli.objectives.adversary import Adversary
-from bootcli.objectives.base import Objective
+from bootcli.objectives.base import Conditions, Objective
 from bootcli.objectives.boot import Boot
 from bootcli.objectives.corrector import Corrector
 from bootcli.objectives.freeflow import FreeFlow
 from bootcli.objectives.kd import KD
 from bootcli.objectives.refiner import Refiner
 from bootcli.pipelines.networks import adversary_beside, check_memory, head_of, make_networks, try_half
-from bootcli.prompts import Prompt, read_prompts
-from bootcli.sampler import CondOf, prior_noise
+from bootcli.prompts import Prompt, Prompts, read_prompts
+from bootcli.sampler import CondOf, SeedOf, prior_noise
 from bootcli.store.artifact import load_student
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond, Teacher
@@ -41,16 +42,27 @@ class Distillation(Work):
     Args:
         view: the teacher as a guided denoiser.
         config: with every "auto" resolved.
+        prompts: of a text teacher, with their embeddings.
     """
 
     view: TeacherView
     config: DistillConfig
+    prompts: PromptPool | None
 
 
-def teacher_view(teacher: Teacher, config: DistillConfig, engine: Engine) -> TeacherView:
-    """The frozen teacher on its device, guided as the configuration says. Raises `UsageError`."""
+def teacher_view(teacher: Teacher, config: DistillConfig, engine: Engine, negative: Cond | None = None) -> TeacherView:
+    """The frozen teacher on its device, guided as the configuration says. Raises `UsageError`.
+
+    Args:
+        teacher: with its weights.
+        config: of the run.
+        engine: where to.
+        negative: what guidance leads away from, where that is known; None: the teacher is asked.
+    """
     teacher.net.requires_grad_(False).eval().to(engine.device)
     teacher.use_clock(config.clock)
+    if config.resolution is not None:
+        teacher.use_resolution(*config.resolution)
     if config.negative_prompt is not None and teacher.spec.conditioning != "text":
         raise UsageError(f"--negative-prompt: the teacher {config.teacher} takes no prompts.")
     if config.guidance_scale == 1.0 and config.negative_prompt is not None:
@@ -59,23 +71,15 @@ def teacher_view(teacher: Teacher, config: DistillConfig, engine: Engine) -> Tea
         return TeacherView(teacher)
     if teacher.spec.conditioning == "none":
         raise UsageError(f"--guidance-scale: the teacher {config.teacher} is unconditional.", "Leave it out.")
-    negative = teacher.condition([config.negative_prompt]).to(engine.device)
-    return TeacherView(teacher, config.guidance_scale, negative)
+    if negative is None:
+        negative = teacher.condition([config.negative_prompt])
+    return TeacherView(teacher, config.guidance_scale, negative.to(engine.device))
 
 
-def condition_pool(teacher: Teacher, config: DistillConfig, prompts: Sequence[Prompt] | None = None) -> Cond:
-    """All conditions that the run distils. Raises `UsageError` for a flag that the teacher cannot honour.
-
-    Args:
-        teacher: whose.
-        config: of the run.
-        prompts: of a text teacher; None: those that the configuration names.
-    """
-    _check_requests(teacher, config)
+def class_pool(teacher: Teacher, config: DistillConfig) -> Cond:
+    """All conditions that a run distils of a teacher without words."""
     if teacher.spec.conditioning == "class":
         return teacher.condition(list(config.classes or range(teacher.spec.num_classes)))
-    if teacher.spec.conditioning == "text":
-        return of_prompts(teacher, config, read_prompts(config.prompts) if prompts is None else prompts)
     return Cond()
 
 
@@ -87,10 +91,28 @@ def _check_requests(teacher: Teacher, config: DistillConfig) -> None:
         raise UsageError(f"--classes: the teacher {config.teacher} has no classes.", "Leave it out.")
 
 
+def prompts_of(teacher: Teacher, config: DistillConfig, wanted: Prompts | None = None) -> Prompts | None:
+    """The prompts that images take in turn: those that are asked for, or the run's; None where there are none.
+
+    Raises `UsageError` where the teacher takes none.
+    """
+    if teacher.spec.conditioning == "text":
+        return read_prompts(config.prompts) if wanted is None else wanted
+    if wanted is not None:
+        raise UsageError(f"The teacher {config.teacher} takes no prompts.", "Leave them out.")
+    return None
+
+
 def condition_of(
-    teacher: Teacher, config: DistillConfig, class_label: int | None = None, prompt: str | None = None
+    teacher: Teacher, config: DistillConfig, class_label: int | None = None, prompts: Prompts | None = None
 ) -> CondOf:
-    """The conditions of images by their seeds: the one that is asked for, or all of the run in turn.
+    """The conditions of images by their seeds: the class that is asked for, or all of the run in turn.
+
+    Args:
+        teacher: whose.
+        config: of the run.
+        class_label: of all of them.
+        prompts: that they take in turn; None: those of the run.
 
     Raises `UsageError` for a request that the teacher cannot honour, or a class that the run left out.
     """
@@ -100,30 +122,27 @@ def condition_of(
         raise UsageError(f"--class: the teacher {config.teacher} has no classes.", "Leave it out.")
     if class_label is not None and config.classes is not None and class_label not in config.classes:
         raise UsageError(f"--class {class_label} was not distilled.", f"This run has: {list(config.classes)}")
-    if prompt is not None and kind != "text":
-        raise UsageError(f"--prompt: the teacher {config.teacher} takes no prompts.", "Leave it out.")
-    request = prompt if class_label is None else class_label
-    if request is None and kind == "text":  # only what is drawn is encoded
-        prompts = read_prompts(config.prompts)
-        return lambda seeds: of_prompts(teacher, config, [prompts[seed % len(prompts)] for seed in seeds])
-    pool = condition_pool(teacher, config) if request is None else teacher.condition([request])
-    return in_turn(pool)
+    if (prompts := prompts_of(teacher, config, prompts)) is not None:  # only what is drawn is encoded
+        return lambda seeds: of_prompts(teacher, config, map(prompts.in_turn, seeds))
+    return in_turn(class_pool(teacher, config) if class_label is None else teacher.condition([class_label]))
+
+
+def seed_of(prompts: Prompts | None) -> SeedOf:
+    """What images are drawn from that take these prompts in turn."""
+    return int if prompts is None else prompts.seed_of
 
 
 def request_of(
-    teacher: Teacher, config: DistillConfig, class_label: int | None = None, prompt: str | None = None
+    teacher: Teacher, config: DistillConfig, class_label: int | None = None, prompts: Prompts | None = None
 ) -> Callable[[int], dict[str, str]]:
-    """What the image of a seed was asked for, in words; as `condition_of` conditions it."""
+    """What the image of a seed was asked for, in words; as `condition_of` conditions it. ``prompts``: `prompts_of`."""
     if teacher.spec.conditioning == "class":
         labels = [class_label] if class_label is not None else list(config.classes or range(teacher.spec.num_classes))
         return lambda seed: {"class": str(labels[seed % len(labels)])}
-    if teacher.spec.conditioning == "text":
-        texts = [prompt] if prompt is not None else [each.text for each in read_prompts(config.prompts)]
-        return lambda seed: {"prompt": texts[seed % len(texts)]}
-    return lambda seed: {}
+    return lambda seed: {} if prompts is None else {"prompt": prompts.in_turn(seed).text}
 
 
-def in_turn(pool: Cond) -> CondOf:
+def in_turn(pool: Conditions) -> CondOf:
     """The conditions of a pool, one after the other, by the seed."""
     return lambda seeds: pool.rows(torch.tensor(list(seeds)) % len(pool))
 
@@ -150,8 +169,9 @@ def class_in(prompt: str, words: Sequence[str]) -> int:
     return words.index(named.pop()) if len(named) == 1 else -1
 
 
-def of_prompts(teacher: Teacher, config: DistillConfig, prompts: Sequence[Prompt]) -> Cond:
-    """What prompts condition a text teacher on, with negative ones where any has its own."""
+def of_prompts(teacher: Teacher, config: DistillConfig, requests: Iterable[Prompt]) -> Cond:
+    """What prompts condition a text teacher on, with negative ones where any has its own; encoded here and now."""
+    prompts = list(requests)
     cond = teacher.condition([prompt.text for prompt in prompts])
     if config.guidance_scale == 1.0 or all(prompt.negative is None for prompt in prompts):
         return cond
@@ -166,7 +186,7 @@ def set_up(
     engine: Engine,
     *,
     fresh: bool = True,
-    prompts: Sequence[Prompt] | None = None,
+    prompts: Prompts | None = None,
 ) -> Distillation:
     """Build a run. Raises `UsageError` for settings the teacher cannot honour.
 
@@ -175,12 +195,17 @@ def set_up(
         config: resolved.
         engine: where to.
         fresh: give the student its starting point; False where a checkpoint will replace it.
-        prompts: see `condition_pool`.
+        prompts: of a text teacher; None: those that the configuration names.
     """
     if config.watch.patience and not (config.watch.every and (config.watch.reference or teacher.feature_space())):
         raise UsageError("watch.patience counts scores.", "Set watch.every and watch.reference, or leave it out.")
-    pool = condition_pool(teacher, config, prompts)
-    view = teacher_view(teacher, config, engine)
+    _check_requests(teacher, config)
+    texts, negative = None, None
+    if (wanted := prompts_of(teacher, config, prompts)) is not None:
+        texts = PromptPool(teacher, wanted, config.negative_prompt, guided=config.guidance_scale != 1.0)
+        negative = texts.negative()
+    pool: Conditions = class_pool(teacher, config) if texts is None else texts
+    view = teacher_view(teacher, config, engine, negative)
     t_max = start_time(teacher, config)
     config = without_auto(teacher, config, engine)
     beside = adversary_beside(config)
@@ -216,6 +241,7 @@ def set_up(
     return Distillation(
         view=view,
         conditions=pool,
+        prompts=texts,
         student=student,
         objective=objective,
         replay=replay,
@@ -263,7 +289,7 @@ def without_auto(teacher: Teacher, config: DistillConfig, engine: Engine) -> Dis
     )
 
 
-def make_objective(config: DistillConfig, view: TeacherView, pool: Cond, t_max: float) -> Objective[Any]:
+def make_objective(config: DistillConfig, view: TeacherView, pool: Conditions, t_max: float) -> Objective[Any]:
     """The prediction objective that the configuration names."""
     t_min = config.student.t_min
     match config.objective:
@@ -308,7 +334,9 @@ def start_time(teacher: Teacher, config: DistillConfig) -> float:
 
 
 @torch.no_grad()
-def start(student: Student, view: TeacherView, pool: Cond, t_max: float, config: DistillConfig, engine: Engine) -> None:
+def start(
+    student: Student, view: TeacherView, pool: Conditions, t_max: float, config: DistillConfig, engine: Engine
+) -> None:
     """Start an ``x0`` head near the teacher's mean x_0 at the start of the path, per channel, measured on 64 noises;
     and with the features of the time that the configuration says."""
     start_t = config.student.start_t

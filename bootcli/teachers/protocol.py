@@ -208,6 +208,21 @@ class Teacher(ABC):
         """Which prompts have more words than the teacher reads, and are cut."""
         return []
 
+    def fingerprint(self) -> str | None:
+        """A hash of all that `condition` makes embeddings of prompts with (weights of the text encoder, tokenizer,
+        settings), without loading it, so that they can be kept from run to run. None: they are not."""
+        return None
+
+    def release(self) -> None:  # noqa: B027  # most hold nothing
+        """Let go of what `condition` and `decode` alone need; they load it again when they are called."""
+
+    def use_resolution(self, width: int, height: int) -> None:
+        """Draw images of so many pixels from now on: ``spec.sample_shape`` and `config` change. Raises `UsageError`
+        for a size that the network does not draw; most draw one size only."""
+        raise UsageError(
+            f"--resolution {width}x{height}: the networks of this teacher's family draw one size.", "Leave it out."
+        )
+
     def decode(self, z: Tensor) -> Tensor:
         """Images (b, 1 or 3, H, W) in [-1, 1] from samples; the identity for pixel models."""
         return z

@@ -18,7 +18,10 @@ def main(folder: str, inputs: str, outputs: str) -> None:
     pipeline = DiffusionPipeline.from_pretrained(folder, **({} if pooled is None else {"add_watermarker": False}))
     pipeline.set_progress_bar_config(disable=True)
     prompts = {"prompt_embeds": text} | ({} if pooled is None else {"pooled_prompt_embeds": pooled})
-    once = {"num_inference_steps": 1, "guidance_scale": 1, "height": None, "width": None}
+    sides: tuple[int | None, ...] = (None, None)  # what the folder says
+    if pooled is not None and noise.shape[2] != noise.shape[3]:  # diffusers' SDXL has no such size of its own
+        sides = tuple(side * pipeline.vae_scale_factor for side in noise.shape[2:])
+    once = {"num_inference_steps": 1, "guidance_scale": 1, "height": sides[0], "width": sides[1]}
     latents = pipeline(**prompts, **once, latents=noise, output_type="latent").images
     generator = torch.manual_seed(0)  # draws the given noise again
     images = pipeline(**prompts, **once, generator=generator, output_type="np").images

@@ -27,7 +27,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
-image = pipeline("a red fox in snow", num_inference_steps=1, guidance_scale=1, generator=torch.manual_seed(0)).images[0]
+image = pipeline(
+    "a red fox in snow", {size}num_inference_steps=1, guidance_scale=1, generator=torch.manual_seed(0)
+).images[0]
 image.save("sample.png")
 ```
 """
@@ -106,4 +108,7 @@ def _card(teacher: SDTeacher, *tags: str) -> dict[str, Any]:
     )
     source = card.get("source")
     named = f"[{source}](https://huggingface.co/{source})" if source else f"`{teacher.home.name}`"
-    return {"front_matter": data.to_yaml(), "teacher": named}
+    _, height, width = (side * teacher.pixels for side in teacher.spec.sample_shape)
+    # Of these two pipelines the larger one does not know a size of its own that is no square.
+    size = f"height={height}, width={width}, " if len(teacher.text.pairs) > 1 and height != width else ""
+    return {"front_matter": data.to_yaml(), "teacher": named, "size": size}

@@ -6,6 +6,7 @@ and with open_clip, so that a file is read without a network.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 from bootcli.plugin import BootError
 
 CONFIGS = Path(__file__).with_name("configs")
-_UNET = "model.diffusion_model."
+_UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _ATTENTION = f"{_UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 _XL = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
 _FIRST = f"{_UNET}input_blocks.0.0.weight"
@@ -39,6 +40,22 @@ def header_of(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
         raise ValueError("no header")
     metadata = header.pop("__metadata__", {})
     return {name: entry["shape"] for name, entry in header.items()}, metadata if isinstance(metadata, dict) else {}
+
+
+def digest_of(path: Path, kind: str) -> str:
+    """A hash of the text encoders in a file, as they are stored; of all of a file that is no .safetensors."""
+    digest = hashlib.blake2b(kind.encode(), digest_size=16)
+    with path.open("rb") as stream:
+        if path.suffix != ".safetensors":
+            return digest.hexdigest() + hashlib.file_digest(stream, "blake2b").hexdigest()
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        for name, entry in sorted(header.items()):
+            if name != "__metadata__" and not name.startswith((_UNET, _VAE)):
+                start, end = entry["data_offsets"]
+                stream.seek(8 + length + start)
+                digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode() + stream.read(end - start))
+    return digest.hexdigest()
 
 
 def matches(path: Path) -> bool:

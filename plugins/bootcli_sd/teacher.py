@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,11 +28,14 @@ from bootcli.plugin import (
     UsageError,
     load_feature_space,
 )
+from bootcli_sd import single_file
 from bootcli_sd.layout import Layout, read_layout, variant_of
 from bootcli_sd.single_file import Parts, read_single_file
-from bootcli_sd.text import TextEncoder, load_pairs
+from bootcli_sd.text import TextEncoder, digest_of, load_pairs
 
 RECIPE, PROMPTS, FEATURES = "recipe.json", "prompts.txt", "features"
+UNIT = 8
+"""Pixels of which diffusers' pipelines draw multiples."""
 DECODED = 4
 """Latents decoded at a time."""
 
@@ -101,7 +105,9 @@ class SDTeacher(Teacher):
         for request in requests:
             if request is not None and not isinstance(request, str):
                 raise UsageError(f"{request!r} is no prompt: this teacher takes text, not classes.")
-        return Cond(self.text(requests))  # type: ignore[arg-type]  # as was just checked
+        encoder = self.text.to(next(self.net.parameters()).device)
+        encoded = encoder(requests)  # type: ignore[arg-type]  # as was just checked
+        return Cond({name: tensor.cpu() for name, tensor in encoded.items()})
 
     @property
     def text(self) -> TextEncoder:
@@ -123,6 +129,32 @@ class SDTeacher(Teacher):
             self._vae = _from_folder(AutoencoderKL, self._layout().folder / "vae").eval().requires_grad_(False)
         return self._vae
 
+    def fingerprint(self) -> str:
+        """Of the files of text encoders and tokenizers; see `Teacher.fingerprint`."""
+        if self.kind:
+            return single_file.digest_of(self._checked_file(), self.kind)
+        layout = self._layout()
+        return digest_of(layout.encoders, zero_negative=layout.zero_negative)
+
+    def release(self) -> None:
+        """Text encoder and autoencoder go back to their files."""
+        self._text = self._vae = None
+
+    def use_resolution(self, width: int, height: int) -> None:
+        """Any multiple of what a latent and diffusers' pipelines ask for; the network itself upsamples to the size that
+        it halved, even or odd."""
+        unit = max(self.pixels, UNIT)
+        if width % unit or height % unit:
+            raise UsageError(
+                f"--resolution {width}x{height}: this teacher draws multiples of {unit} pixels.",
+                f"Near the size that it was trained at, multiples of {8 * unit} are the usual ones.",
+            )
+        sides = height // self.pixels, width // self.pixels
+        net: Any = self.net
+        net.register_to_config(sample_size=sides[0] if sides[0] == sides[1] else sides)
+        self._arguments = init_arguments(UNet2DConditionModel, net.config)
+        self.spec = dataclasses.replace(self.spec, sample_shape=(self.spec.sample_shape[0], *sides))
+
     def take(self, parts: Parts) -> None:
         """Keep the text encoder and the autoencoder of a single file, which is read as a whole."""
         self._text = TextEncoder(parts.pairs, zero_negative=parts.kind == "sdxl")
@@ -134,9 +166,12 @@ class SDTeacher(Teacher):
         return read_layout(self.home)
 
     def _file(self) -> Parts:
+        return read_single_file(self._checked_file(), self.kind, with_unet=False)
+
+    def _checked_file(self) -> Path:
         if not self.home.is_file():
             raise self._gone()
-        return read_single_file(self.home, self.kind, with_unet=False)
+        return self.home
 
     def _gone(self) -> BootError:
         return BootError(

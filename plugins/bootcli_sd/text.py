@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,16 @@ def load_pairs(folders: Sequence[tuple[Path, Path]]) -> list[Pair]:
     return pairs
 
 
+def digest_of(folders: Sequence[tuple[Path, Path]], *, zero_negative: bool) -> str:
+    """A hash of all files of encoders and tokenizers, read as they are."""
+    digest = hashlib.blake2b(repr(zero_negative).encode(), digest_size=16)
+    for folder in (folder for pair in folders for folder in pair):
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            with path.open("rb") as file:
+                digest.update(f"{folder.name}/{path.name}".encode() + hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
 class TextEncoder:
     """One encoder (Stable Diffusion), or two side by side (SDXL).
 
@@ -54,9 +65,16 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str | None]) -> dict[str, Tensor]:
-        """``text`` (b, tokens, width), and for two encoders ``pooled`` (b, width of the second); on the CPU."""
+        """``text`` (b, tokens, width), and for two encoders ``pooled`` (b, width of the second); where the encoders
+        are."""
         parts = [self._encode(prompts[first : first + BATCH]) for first in range(0, len(prompts), BATCH)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def to(self, device: torch.device) -> TextEncoder:
+        """The same on a device."""
+        for model, _ in self.pairs:
+            model.to(device)
+        return self
 
     def too_long(self, prompts: Sequence[str]) -> list[int]:
         """See `Teacher.too_long`."""
@@ -86,4 +104,5 @@ class TextEncoder:
         )
         alone = len(self.pairs) == 1
         mask = tokens.attention_mask if alone and getattr(model.config, "use_attention_mask", False) else None
-        return model(tokens.input_ids, attention_mask=mask, output_hidden_states=not alone)
+        mask = None if mask is None else mask.to(model.device)
+        return model(tokens.input_ids.to(model.device), attention_mask=mask, output_hidden_states=not alone)

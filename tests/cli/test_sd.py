@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .conftest import Cli, environment
+from .conftest import Cli, Done, environment
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,43 @@ def test_prompts_in_images_out(cli: Cli, tiny_sd: Path, tmp_path: Path) -> None:
     assert told == ["a red shoe", "a green coat", "a red shoe"]
     done = cli("export", "moved", "--format", "diffusers")
     assert done.returncode == 0, done.stderr
+
+
+def test_several_prompts_and_sizes(inside: Callable[..., Done], tiny_sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "held-out.jsonl").write_text('{"prompt": "a hat", "seed": 3}\n{"prompt": "a sock"}\n')
+    done = inside("distill", "--teacher", str(tiny_sd), "--resolution", "24x16", "--output", "run", *FEW)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["resolution"] == [24, 16]
+
+    def drawn(*args: str) -> list[tuple[str, str, tuple[int, int]]]:
+        done = inside("sample", "run", "--json", *args)
+        assert done.returncode == 0, done.stderr
+        found = []
+        for file in json.loads(done.stdout)["files"]:
+            with Image.open(file) as image:
+                found.append((image.text["prompt"], image.text["seed"], image.size))  # type: ignore[attr-defined]
+        return found
+
+    assert drawn("--prompt", "a shoe", "--prompt", "a coat") == [("a shoe", "0", (24, 16)), ("a coat", "1", (24, 16))]
+    assert [prompt for prompt, *_ in drawn("--prompt", "a shoe", "-n", "3")] == ["a shoe"] * 3
+    small = ["--prompts", "held-out.jsonl", "--resolution", "16"]
+    assert drawn(*small) == [("a hat", "3", (16, 16)), ("a sock", "1", (16, 16))]
+    done = inside("evaluate", "run", "--metric", "paired", "-n", "2", "--prompts", "held-out.jsonl", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["prompts"] == {"source": "held-out.jsonl", "count": 2}
+    for words, message in (
+        (("sample", "run", "--prompt", "a", "--prompts", "held-out.jsonl"), "Give one of them"),
+        (("sample", "run", "--prompts", "none.txt"), "no such file"),
+        (("sample", "run", "--resolution", "x16"), "expected pixels"),
+        (("evaluate", "run", "--resolution", "20"), "multiples of 8 pixels"),
+        (("distill", "--teacher", str(tiny_sd), "--resolution", "20", "--output", "other"), "multiples of 8 pixels"),
+        (("distill", "--resolution", "32", "--output", "other"), "draw one size"),
+        (("distill", "--resume", "--output", "run", "--resolution", "16"), "cannot change resolution"),
+    ):
+        done = inside(*words)
+        assert done.returncode == 2, (words, done.stderr)
+        assert message in " ".join(done.stderr.split())
+    assert not (tmp_path / "other").exists()
 
 
 def test_prompts_that_are_cut_are_told_of(cli: Cli, tiny_sd: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def objective(
 
 def renewed(kd: KD, steps: int, batch_size: int = 8, first: int = 1) -> KD:
     for step in range(first, first + steps):
-        kd.renew(torch.Generator().manual_seed(step), batch_size, step, Engine("cpu", "no"))
+        kd.renew(torch.Generator().manual_seed(step), batch_size, len(kd.pool), step, Engine("cpu", "no"))
     return kd
 
 

@@ -27,7 +27,9 @@ def both(make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = make_folder()
     teacher = load(folder)
     file = tmp_path / "tiny.safetensors"
-    save_file(names.single_file(*(part.state_dict() for part in (teacher.net, teacher.vae, teacher.text.pairs[0][0]))), file)
+    save_file(
+        names.single_file(*(part.state_dict() for part in (teacher.net, teacher.vae, teacher.text.pairs[0][0]))), file
+    )
     configs = tmp_path / "configs"
     for name in ("model_index.json", *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))):
         (configs / "sd1" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +65,29 @@ def test_a_file_is_the_teacher_of_its_folder(both: tuple[Path, Path]) -> None:
     gone = build(teacher.config())
     with pytest.raises(BootError, match="is gone"):
         gone.condition(["a shoe"])
+
+
+def test_what_embeddings_of_a_file_depend_on(both: tuple[Path, Path]) -> None:
+    """On its text encoder alone, wherever the file lies and whatever else it holds."""
+    _, file = both
+    known = load(file).fingerprint()
+    tensors = load_file(file)
+    for name in ("model.diffusion_model.out.2.bias", "first_stage_model.decoder.conv_in.bias"):
+        tensors[name] += 1
+    save_file(tensors, file.with_name("other.safetensors"))
+    assert load(file.with_name("other.safetensors")).fingerprint() == known
+    text = next(name for name in tensors if name.startswith("cond_stage_model"))
+    tensors[text] += 1
+    save_file(tensors, file)
+    assert load(file).fingerprint() != known
+
+
+def test_parts_of_a_file_come_back(both: tuple[Path, Path]) -> None:
+    _, file = both
+    teacher, fresh = load(file), load(file)
+    teacher.release()
+    assert (teacher._text, teacher._vae) == (None, None)
+    same(teacher, fresh)
 
 
 def test_a_file_of_something_else(both: tuple[Path, Path], tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_the_adversary_weighs_as_much_as_the_samples_it_judges(
     settings: dict[str, object] = {"objective": objective, "kd.teacher_steps": 2, "replay.teacher_steps": 4}
     settings |= {"replay.share": 0.5} if objective == "boot" else {}
     work, trainer = build(tiny_teacher, config_of(**settings, **{ADVERSARIES[objective]: 0.5}))
-    (work.replay or work.objective).renew(torch.Generator().manual_seed(0), 8, 0, trainer.engine)
+    (work.replay or work.objective).renew(torch.Generator().manual_seed(0), 8, 1, 0, trainer.engine)
     assert work.adversary is not None
     judge: Any = SimpleNamespace(prepared=work.judge, is_heard=lambda step: True, balance=SimpleNamespace(ratio=3.0))
     losses = []
@@ -89,7 +89,8 @@ def test_the_adversary_weighs_as_much_as_the_samples_it_judges(
         work.adversary.loss = lambda *_, student=student, **__: Verdict(  # type: ignore[method-assign, misc]
             torch.tensor(student), torch.tensor(0.0), torch.ones(ends)
         )
-        batch = Batch(work, work.config, {"judge": judge}, trainer.parts, 1, 0.0, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        batch = Batch(work, work.config, {"judge": judge}, trainer.parts, 1, 0.0, generator, 1)
         losses.append(float(batch.micro_batch(work.student, 0, torch.device("cpu")).loss.detach()))
     assert losses[1] - losses[0] == pytest.approx(0.5 * 3.0 * ends / 8, rel=1e-4)
 
