@@ -13,6 +13,7 @@ from bootcli.companion import Companion
 from bootcli.config import DistillConfig
 from bootcli.critic import Critic
 from bootcli.errors import UsageError
+from bootcli.guided_pool import GuidedPool
 from bootcli.judge import Judge
 from bootcli.objectives.adversary import Adversary, AdversaryDraw
 from bootcli.objectives.base import Objective, Terms
@@ -40,7 +41,7 @@ class Work:
 
     student: Student
     objective: Objective[Any]
-    conditions: Cond
+    conditions: Cond | GuidedPool
     t_max: float
     corrector: Corrector | None = None
     critic: Critic | None = None

@@ -22,17 +22,28 @@ class Critic(nn.Module):
     Args:
         teacher: its family's knowledge, and the weights to begin with.
         config: full copy or LoRA, rank.
+        guidance_range: least and greatest w of samples whose w differs: g is told w, since it is not of one student
+            but of one for each w. None: w is the same for all.
 
-    Raises `UsageError` for a LoRA where the teacher names no modules for one.
+    Raises `UsageError` for a LoRA where the teacher names no modules for one, or where w differs.
     """
 
-    def __init__(self, teacher: Teacher, config: CorrectionConfig) -> None:
+    def __init__(
+        self, teacher: Teacher, config: CorrectionConfig, guidance_range: tuple[float, float] | None = None
+    ) -> None:
         super().__init__()
         self.teacher = teacher
         if config.critic == "full":
             self.net = copy.deepcopy(teacher.net).float().requires_grad_(True)
             self._adapters: list[nn.Module] = []
+            if guidance_range is not None:
+                teacher.add_guidance_input(self.net, guidance_range)
             return
+        if guidance_range is not None:
+            raise UsageError(
+                "correction.critic = lora shares the teacher's network, which has no input for a guidance scale.",
+                "With --guidance-range use --set correction.critic=full.",
+            )
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -62,13 +62,21 @@ class Student(nn.Module):
         head: ``native`` reads the output as the teacher's prediction type at t = 1 and converts it to x_0; ``x0``
             reads the output as y itself.
         t_min: the target time of a sample.
+        guidance_range: least and greatest w that it takes with its conditions; None: w is built in.
+
+    Raises `UsageError` where the teacher's network has no place for w.
     """
 
-    def __init__(self, teacher: Teacher, head: Head, t_min: float) -> None:
+    def __init__(
+        self, teacher: Teacher, head: Head, t_min: float, guidance_range: tuple[float, float] | None = None
+    ) -> None:
         super().__init__()
         self.teacher = teacher
         self.head: Head = head
+        self.guidance_range = guidance_range
         self.net = copy.deepcopy(teacher.net).float().requires_grad_(True)
+        if guidance_range is not None:
+            teacher.add_guidance_input(self.net, guidance_range)
         site, width = teacher.embedding_site(self.net)
         self.time_branch = TimeBranch(width, t_min)
         self._offset: Tensor | None = None

@@ -9,7 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from bootcli.cli.common import find_run, integers, print_json
-from bootcli.cli.options import BatchSizeOption, DeviceOption, JsonOption, RunArgument, SeedOption, examples
+from bootcli.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    GuidanceOption,
+    JsonOption,
+    RunArgument,
+    SeedOption,
+    examples,
+)
 from bootcli.errors import BootError, UsageError
 
 EXAMPLES = examples("bootcli evaluate", "bootcli evaluate runs/mine --metric fid --metric pr -n 10000 --json")
@@ -62,6 +70,7 @@ def evaluate(
     repeats: RepeatsOption = 1,
     reference: ReferenceOption = None,
     save_reference: SaveReferenceOption = None,
+    guidance_scale: GuidanceOption = None,
     nfe: NfeOption = "1",
     teacher_steps: TeacherStepsOption = "4,10,50",
     max_fid: MaxOption = None,
@@ -93,6 +102,7 @@ def evaluate(
             seed=seed,
             repeats=repeats,
             reference=reference,
+            guidance_scale=guidance_scale,
             nfe=calls,
             teacher_steps=steps,
             batch_size=batch_size,

@@ -33,4 +33,12 @@ DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 BatchSizeOption = Annotated[
     int, typer.Option(metavar="N", min=1, help="Images at a time: changes the speed, never an image.")
 ]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="W",
+        help="Guidance, for a student distilled with --guidance-range.",
+        show_default="the middle of the range",
+    ),
+]
 SeedOption = Annotated[int, typer.Option(metavar="N", min=0, max=2**62, help="Seed of image 0; image i has seed + i.")]

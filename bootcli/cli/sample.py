@@ -11,6 +11,7 @@ from bootcli.cli.common import find_run, print_json
 from bootcli.cli.options import (
     BatchSizeOption,
     DeviceOption,
+    GuidanceOption,
     JsonOption,
     OverwriteOption,
     RunArgument,
@@ -41,6 +42,7 @@ def sample(
     num_images: CountOption = 16,
     class_: ClassOption = None,
     prompt: PromptOption = None,
+    guidance_scale: GuidanceOption = None,
     seed: SeedOption = 0,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
@@ -67,6 +69,7 @@ def sample(
             output=output,
             class_label=class_,
             prompt=prompt,
+            guidance_scale=guidance_scale,
             nfe=nfe,
             teacher_steps=teacher_steps,
             batch_size=batch_size,
@@ -78,11 +81,13 @@ def sample(
         print_json(drawn)
     else:
         rate = num_images / max(drawn.seconds, 1e-9)
+        guidance = {} if drawn.guidance_scale is None else {"guidance": f"w = {drawn.guidance_scale:g}"}
         ui.print_facts(
             {
                 "images": f"{len(drawn.files)} in {drawn.output}",
                 "grid": drawn.grid,
                 "drawn by": f"{drawn.source}, {drawn.nfe} network evaluation{'s' if drawn.nfe > 1 else ''} each",
+                **guidance,
                 "time": f"{drawn.seconds:.2f} s drawing ({rate:.0f} images/s), {drawn.write_seconds:.2f} s writing",
             }
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bootcli.config import PathsConfig
 from bootcli.engine import Engine
+from bootcli.guided_pool import GuidedPool
 from bootcli.maths.signal_ode import solve
 from bootcli.objectives.base import Ends, Objective, Terms, adaptive, conditions, path_start
 from bootcli.student import Student
@@ -58,7 +59,13 @@ class KD(Objective[KDDraw]):
     """
 
     def __init__(
-        self, config: PathsConfig, power: float, teacher: TeacherView, t_min: float, t_max: float, pool: Cond
+        self,
+        config: PathsConfig,
+        power: float,
+        teacher: TeacherView,
+        t_min: float,
+        t_max: float,
+        pool: Cond | GuidedPool,
     ) -> None:
         self.config = config
         self.power = power
@@ -83,7 +90,7 @@ class KD(Objective[KDDraw]):
             return
         count += -count % engine.num_processes
         eps = torch.randn(count, *self._eps.shape[1:], generator=generator)
-        rows = conditions(generator, count, len(self.pool))
+        rows = conditions(generator, count, len(self.pool), self.teacher.levels)
         mine = slice(engine.rank * count // engine.num_processes, (engine.rank + 1) * count // engine.num_processes)
         parts = zip(torch.split(eps[mine], batch_size), torch.split(rows[mine], batch_size), strict=True)
         points = engine.gather(torch.cat([self._follow(e, r, engine) for e, r in parts])).cpu()

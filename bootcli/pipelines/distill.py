@@ -118,6 +118,7 @@ class _Session:
             "samples": "x".join(str(n) for n in spec.sample_shape),
             "student": f"{parameters / 1e6:.2f}M parameters, {config.student.head} head",
             "objective": f"{config.objective}, t from {self.work.t_max:.3f} to {config.student.t_min:.3f}",
+            **({"guidance": guidance_of(config)} if config.guided else {}),
             "device": f"{self.engine.device}, mixed precision {self.engine.mixed_precision}",
         }
 
@@ -236,7 +237,7 @@ class _Session:
         teacher = work.view.teacher
         eps = prior_noise(range(self.config.seed, self.config.seed + PREVIEWS), teacher.spec.sample_shape)
         eps = eps.to(self.engine.device)
-        cond = work.conditions.rows(torch.arange(PREVIEWS) % len(work.conditions)).to(self.engine.device)
+        cond = work.shown(range(PREVIEWS)).to(self.engine.device)
         with self.trainer.ema.applied_to(work.student):
             if self._teacher_samples is None:
                 steps = self.config.preview_teacher_steps
@@ -248,6 +249,17 @@ class _Session:
         save_png(enlarge(tiles, max(1, 64 // both.shape[-1])), path)
         self._previewed = step
         yield Previewed(step, path, float((sample - self._teacher_samples).square().mean()))
+
+
+def guidance_of(config: DistillConfig) -> str:
+    """How a guided run's teacher is guided, in words."""
+    guidance, (low, high) = config.guidance, config.guidance.interval
+    if config.guidance_range is None:
+        words = f"w = {config.guidance_scale:g}"
+    else:
+        words = "w from {:g} to {:g}, which the student takes".format(*config.guidance_range)
+    words += f", rescaled by {guidance.rescale:g}" if guidance.rescale else ""
+    return words + (f", at noise levels {low:g} to {high:g}" if (low, high) != (0, 1) else "")
 
 
 @dataclass(frozen=True)

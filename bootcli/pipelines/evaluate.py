@@ -15,7 +15,14 @@ from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import INCEPTION
 from bootcli.manifold import MOST_ROWS, NEIGHBOURS, Manifold, manifold_of, some_rows
 from bootcli.pipelines.bench import PAIRED_STEPS, Bench, Progress
-from bootcli.pipelines.setup import condition_of, labels_of, refinement_starts, start_time, teacher_view
+from bootcli.pipelines.setup import (
+    condition_of,
+    labels_of,
+    refinement_starts,
+    sampling_scale,
+    start_time,
+    teacher_view,
+)
 from bootcli.reference import Reference, reference_for, write_reference
 from bootcli.sampler import reference_times
 from bootcli.store.artifact import load_student
@@ -38,6 +45,7 @@ def evaluate(
     seed: int = 0,
     repeats: int = 1,
     reference: str | None = None,
+    guidance_scale: float | None = None,
     nfe: Sequence[int] = (1,),
     teacher_steps: tuple[int, ...] = (),
     batch_size: int = 64,
@@ -57,6 +65,7 @@ def evaluate(
         seed: of the first image.
         repeats: how often to draw anew; the mean is reported beside every number.
         reference: see `bootcli.reference.reference_for`; "paired" alone needs none.
+        guidance_scale: w of both, for a student that takes one; None is the middle of its range.
         nfe: calls of the student for an image; above 1 for one that was trained to refine.
         teacher_steps: numbers of steps of the reference sampler to measure the teacher at.
         batch_size: images drawn at a time; changes the result by rounding at most.
@@ -76,8 +85,9 @@ def evaluate(
     began = time.perf_counter()
     artifact = load_student(run)
     config, engine = artifact.config, Engine(device, "no")
+    scale = sampling_scale(config, guidance_scale)
     teacher = load(config.teacher).teacher
-    view = teacher_view(teacher, config, engine)
+    view = teacher_view(teacher, config, engine, scale)
     starts = [refinement_starts(teacher, config, calls) for calls in dict.fromkeys((1, *nfe))]
     for steps in teacher_steps:
         reference_times(view, steps)  # an impossible number is refused before any image is drawn
@@ -90,7 +100,7 @@ def evaluate(
     bench = Bench(
         student=artifact.student.to(engine.device),
         view=view,
-        cond_of=condition_of(teacher, config),
+        cond_of=condition_of(teacher, config, guidance_scale=scale),
         repeats=[range(seed + k * num_images, seed + (k + 1) * num_images) for k in range(repeats)],
         batch_size=batch_size,
         engine=engine,
@@ -206,6 +216,8 @@ def _sampler(view: TeacherView) -> dict[str, object]:
         **(spacing if view.teacher.spec.sampler == "ddim" else {"churn": 0.0}),
         "threshold": repr(view.teacher.spec.threshold),
         "guidance_scale": view.guidance_scale,
+        **({"guidance_rescale": view.rescale} if view.rescale else {}),
+        **({"guidance_interval": list(view.interval)} if view.interval != (0, 1) else {}),
         "precision": "float32",
     }
 

@@ -17,7 +17,7 @@ from bootcli.config import Device
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.images import enlarge, grid, save_png
-from bootcli.pipelines.setup import condition_of, refinement_starts, request_of, teacher_view
+from bootcli.pipelines.setup import condition_of, refinement_starts, request_of, sampling_scale, teacher_view
 from bootcli.sampler import reference_calls, student_images, teacher_images
 from bootcli.store.artifact import Artifact, load_student
 from bootcli.store.files import check_free
@@ -42,6 +42,7 @@ class Sampled:
         seconds: drawing, from seeds to uint8 images in memory.
         write_seconds: making and writing PNG files.
         source: who drew them: "student", or "teacher, 50 steps".
+        guidance_scale: w, where the student takes one; None where it is built in.
     """
 
     output: Path
@@ -51,6 +52,7 @@ class Sampled:
     seconds: float
     write_seconds: float
     source: str
+    guidance_scale: float | None
 
 
 def sample(
@@ -61,6 +63,7 @@ def sample(
     output: Path | None = None,
     class_label: int | None = None,
     prompt: str | None = None,
+    guidance_scale: float | None = None,
     nfe: int = 1,
     teacher_steps: int | None = None,
     batch_size: int = 64,
@@ -83,6 +86,7 @@ def sample(
         output: the folder; None is ``RUN/samples/``, for a student file outside a run ``samples/`` beside it.
         class_label: class of every image; None takes the classes of the run in turn, by the seed.
         prompt: prompt of every image; None takes those of the run in turn.
+        guidance_scale: w, for a student that takes one; None is the middle of its range.
         nfe: calls of the student for each image; more than one needs a student that was trained to refine.
         teacher_steps: draw the teacher with that many steps of the reference sampler instead.
         batch_size: images at a time.
@@ -100,8 +104,9 @@ def sample(
         check_free(output, overwrite=overwrite)
     artifact = load_student(run)
     seeds = range(seed, seed + num_images)
-    drawing = _draw(artifact, seeds, class_label, prompt, nfe, teacher_steps, batch_size, Engine(device, "no"))
-    folder = output or RunDir(artifact.home).samples.joinpath(*_settings(class_label, prompt, nfe, teacher_steps))
+    asked = (class_label, prompt, guidance_scale, nfe, teacher_steps)
+    drawing = _draw(artifact, seeds, *asked, batch_size, Engine(device, "no"))
+    folder = output or RunDir(artifact.home).samples.joinpath(*_settings(*asked))
     return _write(drawing, folder, seeds, progress)
 
 
@@ -112,6 +117,7 @@ class _Drawing:
     batches: Iterator[Tensor]
     nfe: int
     source: str
+    guidance_scale: float | None
     request: Callable[[int], dict[str, str]]
 
 
@@ -120,25 +126,27 @@ def _draw(
     seeds: range,
     class_label: int | None,
     prompt: str | None,
+    guidance_scale: float | None,
     nfe: int,
     teacher_steps: int | None,
     batch_size: int,
     engine: Engine,
 ) -> _Drawing:
-    config = artifact.config
+    config, scale = artifact.config, sampling_scale(artifact.config, guidance_scale)
     if teacher_steps is None:
         student = artifact.student.to(engine.device)
-        cond_of = condition_of(student.teacher, config, class_label, prompt)
+        cond_of = condition_of(student.teacher, config, class_label, prompt, scale)
         starts = refinement_starts(student.teacher, config, nfe)
         request = request_of(student.teacher, config, class_label, prompt)
-        return _Drawing(student_images(student, cond_of, seeds, batch_size, engine, starts), nfe, "student", request)
+        batches = student_images(student, cond_of, seeds, batch_size, engine, starts)
+        return _Drawing(batches, nfe, "student", scale, request)
     teacher = load(config.teacher).teacher
-    cond_of = condition_of(teacher, config, class_label, prompt)
-    view = teacher_view(teacher, config, engine)
+    cond_of = condition_of(teacher, config, class_label, prompt, scale)
+    view = teacher_view(teacher, config, engine, scale)
     batches = teacher_images(view, teacher_steps, cond_of, seeds, batch_size, engine)
     source = f"teacher, {teacher_steps} step{'s' if teacher_steps > 1 else ''}"
     request = request_of(teacher, config, class_label, prompt)
-    return _Drawing(batches, reference_calls(view, teacher_steps), source, request)
+    return _Drawing(batches, reference_calls(view, teacher_steps), source, scale, request)
 
 
 def _write(drawing: _Drawing, folder: Path, seeds: range, progress: Callable[[int, int], None] | None) -> Sampled:
@@ -158,7 +166,16 @@ def _write(drawing: _Drawing, folder: Path, seeds: range, progress: Callable[[in
     picture = enlarge(grid(torch.stack(tiles)), max(1, VISIBLE // tiles[0].shape[-1]))
     save_png(picture, folder / "grid.png", _facts(drawing))
     total = time.perf_counter() - began
-    return Sampled(folder, tuple(files), folder / "grid.png", drawing.nfe, drawn, total - drawn, drawing.source)
+    return Sampled(
+        output=folder,
+        files=tuple(files),
+        grid=folder / "grid.png",
+        nfe=drawing.nfe,
+        seconds=drawn,
+        write_seconds=total - drawn,
+        source=drawing.source,
+        guidance_scale=drawing.guidance_scale,
+    )
 
 
 def _timed(batches: Iterator[Tensor]) -> Iterator[tuple[Tensor, float]]:
@@ -170,7 +187,8 @@ def _timed(batches: Iterator[Tensor]) -> Iterator[tuple[Tensor, float]]:
 
 
 def _facts(drawing: _Drawing) -> dict[str, str]:
-    return {"Software": f"bootcli {__version__}", "source": drawing.source, "nfe": str(drawing.nfe)}
+    facts = {"Software": f"bootcli {__version__}", "source": drawing.source, "nfe": str(drawing.nfe)}
+    return facts if drawing.guidance_scale is None else facts | {"guidance_scale": str(drawing.guidance_scale)}
 
 
 def _room(image: Tensor) -> int:
@@ -179,12 +197,16 @@ def _room(image: Tensor) -> int:
     return max(1, GRID_SIDE // height) * max(1, GRID_SIDE // width)
 
 
-def _settings(class_label: int | None, prompt: str | None, nfe: int, teacher_steps: int | None) -> Iterator[str]:
+def _settings(
+    class_label: int | None, prompt: str | None, guidance_scale: float | None, nfe: int, teacher_steps: int | None
+) -> Iterator[str]:
     """The folders below ``samples/`` that keep different requests apart."""
     if nfe > 1:
         yield f"nfe-{nfe}"
     if teacher_steps is not None:
         yield f"teacher-{teacher_steps}-steps"
+    if guidance_scale is not None:
+        yield f"guidance-{guidance_scale:.9g}"  # all digits that the network sees
     if class_label is not None:
         yield f"class-{class_label}"
     if prompt is not None:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from bootcli.batch import Work
-from bootcli.config import DistillConfig
+from bootcli.config import DistillConfig, GuidanceConfig
 from bootcli.critic import Critic
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
+from bootcli.guided_pool import LEVELS, GuidedPool
 from bootcli.judge import Features, make_judge
 from bootcli.maths.broadcast import like
 from bootcli.objectives.adversary import Adversary
@@ -39,27 +40,77 @@ class Distillation(Work):
 
     Args:
         view: the teacher as a guided denoiser.
+        shown: the conditions of images that are shown and scored, by their seeds; w is the middle of a range.
         config: with every "auto" resolved.
     """
 
     view: TeacherView
+    shown: CondOf
     config: DistillConfig
 
 
-def teacher_view(teacher: Teacher, config: DistillConfig, engine: Engine) -> TeacherView:
-    """The frozen teacher on its device, guided as the configuration says. Raises `UsageError`."""
+def teacher_view(
+    teacher: Teacher, config: DistillConfig, engine: Engine, guidance_scale: float | None = None
+) -> TeacherView:
+    """The frozen teacher on its device, guided as the configuration says. Raises `UsageError`.
+
+    Args:
+        teacher: whose weights.
+        config: of the run.
+        engine: where.
+        guidance_scale: w where the student takes one (`sampling_scale`) and conditions say none; None: the middle.
+    """
     teacher.net.requires_grad_(False).eval().to(engine.device)
     teacher.use_clock(config.clock)
     if config.negative_prompt is not None and teacher.spec.conditioning != "text":
         raise UsageError(f"--negative-prompt: the teacher {config.teacher} takes no prompts.")
-    if config.guidance_scale == 1.0 and config.negative_prompt is not None:
-        raise UsageError("--negative-prompt: without guidance nothing leads away from it.", "Add --guidance-scale 7.5.")
-    if config.guidance_scale == 1.0:
+    if not config.guided:
+        _check_unguided(config)
         return TeacherView(teacher)
+    guidance, scale = config.guidance, sampling_scale(config, guidance_scale)
     if teacher.spec.conditioning == "none":
-        raise UsageError(f"--guidance-scale: the teacher {config.teacher} is unconditional.", "Leave it out.")
-    negative = teacher.condition([config.negative_prompt]).to(engine.device)
-    return TeacherView(teacher, config.guidance_scale, negative)
+        flag = "--guidance-scale" if config.guidance_range is None else "--guidance-range"
+        raise UsageError(f"{flag}: the teacher {config.teacher} is unconditional.", "Leave it out.")
+    return TeacherView(
+        teacher,
+        config.guidance_scale if scale is None else scale,
+        teacher.condition([config.negative_prompt]).to(engine.device),
+        guidance.interval,
+        rescale=guidance.rescale,
+        one_batch=guidance.one_batch,
+        levels=1 if config.guidance_range is None else LEVELS,
+    )
+
+
+def _check_unguided(config: DistillConfig) -> None:
+    """Raise `UsageError` for settings that have an effect under guidance alone."""
+    if config.negative_prompt is not None:
+        raise UsageError("--negative-prompt: without guidance nothing leads away from it.", "Add --guidance-scale 7.5.")
+    usual = GuidanceConfig()
+    for field in dataclasses.fields(usual):
+        if getattr(config.guidance, field.name) != getattr(usual, field.name):
+            raise UsageError(f"guidance.{field.name}: this run is not guided.", "Add --guidance-scale 3, for example.")
+
+
+def sampling_scale(config: DistillConfig, wanted: float | None) -> float | None:
+    """w of images that are drawn: what is wanted, else the middle of the range that the student takes w from; None
+    where w is built in. Raises `UsageError` for a w that it does not take."""
+    limits = config.guidance_range
+    if limits is None:
+        if wanted is None:
+            return None
+        raise UsageError(
+            f"--guidance-scale: guidance w = {config.guidance_scale:g} is part of this student.",
+            "Leave it out, or distil a student that takes w, with: --guidance-range 2,8",
+        )
+    if wanted is None:
+        return sum(limits) / 2
+    if not limits[0] <= wanted <= limits[1]:
+        raise UsageError(
+            f"--guidance-scale {wanted:g}: this student takes a w from {limits[0]:g} to {limits[1]:g}.",
+            "Take one of these.",
+        )
+    return wanted
 
 
 def condition_pool(teacher: Teacher, config: DistillConfig, prompts: Sequence[Prompt] | None = None) -> Cond:
@@ -87,12 +138,18 @@ def _check_requests(teacher: Teacher, config: DistillConfig) -> None:
 
 
 def condition_of(
-    teacher: Teacher, config: DistillConfig, class_label: int | None = None, prompt: str | None = None
+    teacher: Teacher,
+    config: DistillConfig,
+    class_label: int | None = None,
+    prompt: str | None = None,
+    guidance_scale: float | None = None,
 ) -> CondOf:
     """The conditions of images by their seeds: the one that is asked for, or all of the run in turn.
 
-    Raises `UsageError` for a request that the teacher cannot honour, or a class that the run left out.
+    Raises `UsageError` for a request that the teacher cannot honour, a class that the run left out, or a w that the
+    student does not take (`sampling_scale`).
     """
+    scale = sampling_scale(config, guidance_scale)
     _check_requests(teacher, config)
     kind = teacher.spec.conditioning
     if class_label is not None and kind != "class":
@@ -104,9 +161,13 @@ def condition_of(
     request = prompt if class_label is None else class_label
     if request is None and kind == "text":  # only what is drawn is encoded
         prompts = read_prompts(config.prompts)
-        return lambda seeds: of_prompts(teacher, config, [prompts[seed % len(prompts)] for seed in seeds])
+
+        def encoded(seeds: Sequence[int]) -> Cond:
+            return of_prompts(teacher, config, [prompts[seed % len(prompts)] for seed in seeds])
+
+        return guided_by(encoded, scale)
     pool = condition_pool(teacher, config) if request is None else teacher.condition([request])
-    return in_turn(pool)
+    return guided_by(in_turn(pool), scale)
 
 
 def request_of(
@@ -127,6 +188,13 @@ def in_turn(pool: Cond) -> CondOf:
     return lambda seeds: pool.rows(torch.tensor(list(seeds)) % len(pool))
 
 
+def guided_by(cond_of: CondOf, scale: float | None) -> CondOf:
+    """The same conditions, each with that w; without one where there is none."""
+    if scale is None:
+        return cond_of
+    return lambda seeds: dataclasses.replace(cond_of(seeds), guidance=torch.full((len(seeds),), scale))
+
+
 def labels_of(teacher: Teacher, config: DistillConfig) -> Callable[[Sequence[int]], Tensor]:
     """The class labels of images by their seeds, (b,), as `condition_of` conditions them."""
     pool = torch.tensor(list(config.classes or range(teacher.spec.num_classes)))
@@ -136,7 +204,7 @@ def labels_of(teacher: Teacher, config: DistillConfig) -> Callable[[Sequence[int
 def of_prompts(teacher: Teacher, config: DistillConfig, prompts: Sequence[Prompt]) -> Cond:
     """What prompts condition a text teacher on, with negative ones where any has its own."""
     cond = teacher.condition([prompt.text for prompt in prompts])
-    if config.guidance_scale == 1.0 or all(prompt.negative is None for prompt in prompts):
+    if not config.guided or all(prompt.negative is None for prompt in prompts):
         return cond
     wanted = [config.negative_prompt if prompt.negative is None else prompt.negative for prompt in prompts]
     places = {text: place for place, text in enumerate(dict.fromkeys(wanted))}  # most are the same: encoded once
@@ -163,6 +231,8 @@ def set_up(
     if config.watch.patience and not (config.watch.every and (config.watch.reference or teacher.feature_space())):
         raise UsageError("watch.patience counts scores.", "Set watch.every and watch.reference, or leave it out.")
     pool = condition_pool(teacher, config, prompts)
+    limits = config.guidance_range
+    shown = guided_by(in_turn(pool), sampling_scale(config, None))
     view = teacher_view(teacher, config, engine)
     t_max = start_time(teacher, config)
     head = teacher.head() if config.student.head == "auto" else config.student.head
@@ -177,13 +247,13 @@ def set_up(
         corrector=config.objective == "freeflow" if config.corrector is None else config.corrector,
     )
     torch.manual_seed(config.seed)  # the new layers of the student
-    student = Student(teacher, head, config.student.t_min).to(engine.device)
+    student = Student(teacher, head, config.student.t_min, limits).to(engine.device)
     if config.optimizer.gradient_checkpointing:
         teacher.enable_gradient_checkpointing(student.net)
     if fresh and config.init_from is not None:
         _start_from(student, Path(config.init_from))
     elif fresh and head == "x0":
-        start_x0_head(student, view, pool, t_max, config, engine)
+        start_x0_head(student, view, shown, t_max, config, engine)
     adversary, judge = None, None
     if beside := adversary_beside(config):
         features = Features(teacher)  # before a critic may put its LoRA into the teacher's modules
@@ -194,7 +264,7 @@ def set_up(
     corrector, critic = None, None
     if config.corrector:
         corrector = Corrector(config.correction, view, config.student.t_min, t_max)
-        critic = Critic(teacher, config.correction).to(engine.device)
+        critic = Critic(teacher, config.correction, limits).to(engine.device)
     # The parts beside the prediction weigh their errors as it does, so that shares mean what they say.
     power = {"boot": config.boot.power, "freeflow": config.freeflow.power, "kd": config.kd.power}[config.objective]
     refiner = Refiner(config.refiner, power, view, config.student.t_min, t_max) if config.refiner.share else None
@@ -205,11 +275,13 @@ def set_up(
             critic.net.compile()
         if judge is not None:
             judge.compile()
-    objective = make_objective(config, view, pool, t_max)
-    replay = KD(config.replay, power, view, config.student.t_min, t_max, pool) if config.replay.share else None
+    drawn = pool if limits is None else GuidedPool(pool, *limits)
+    objective = make_objective(config, view, drawn, t_max)
+    replay = KD(config.replay, power, view, config.student.t_min, t_max, drawn) if config.replay.share else None
     return Distillation(
         view=view,
-        conditions=pool,
+        shown=shown,
+        conditions=drawn,
         student=student,
         objective=objective,
         replay=replay,
@@ -243,7 +315,7 @@ def adversary_beside(config: DistillConfig) -> Literal["prediction", "replay"] |
     return beside
 
 
-def make_objective(config: DistillConfig, view: TeacherView, pool: Cond, t_max: float) -> Objective[Any]:
+def make_objective(config: DistillConfig, view: TeacherView, pool: Cond | GuidedPool, t_max: float) -> Objective[Any]:
     """The prediction objective that the configuration names."""
     t_min = config.student.t_min
     match config.objective:
@@ -289,12 +361,12 @@ def start_time(teacher: Teacher, config: DistillConfig) -> float:
 
 @torch.no_grad()
 def start_x0_head(
-    student: Student, view: TeacherView, pool: Cond, t_max: float, config: DistillConfig, engine: Engine
+    student: Student, view: TeacherView, shown: CondOf, t_max: float, config: DistillConfig, engine: Engine
 ) -> None:
     """Start near the teacher's mean x_0 at the start of the path, per channel, measured on 64 noises."""
     eps = prior_noise(range(config.seed, config.seed + 64), view.teacher.spec.sample_shape).to(engine.device)
     t = torch.full((64,), t_max, dtype=torch.float64)
-    cond = pool.rows(torch.arange(64) % len(pool)).to(engine.device)
+    cond = shown(range(64)).to(engine.device)
     mean = view.x0(like(view.schedule(t).sigma, eps) * eps, t, cond).mean((0, 2, 3))
     student.start_at(mean, config.student.start_t, eps, cond)
 
@@ -303,6 +375,10 @@ def _start_from(student: Student, run: Path) -> None:
     source = load_student(run).student
     if source.head != student.head:
         raise UsageError(f"--init-from {run}: its head is {source.head}, this run's is {student.head}.")
+    if (source.guidance_range is None) != (student.guidance_range is None):
+        built_in, takes = "has w built in", "takes w as an input"
+        its, ours = (built_in, takes) if source.guidance_range is None else (takes, built_in)
+        raise UsageError(f"--init-from {run}: its student {its}, and this run's {ours}.")
     try:
         student.load_state_dict(source.state_dict())
     except RuntimeError as error:

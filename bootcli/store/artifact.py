@@ -72,6 +72,7 @@ def save_student(
         "teacher": student.teacher.config(),
         "head": student.head,
         "t_min": student.t_min,
+        "guidance_range": student.guidance_range,
         "config": to_dict(config),
         "step": step,
     }
@@ -99,11 +100,7 @@ def load_student(run: Path) -> Artifact:
     if header.get("format") != FORMAT:
         raise BootError(f"{path} has format {header.get('format')}; this version reads {FORMAT}.", "Update bootcli.")
     try:
-        family = family_named(str(header["family"]))
-        teacher = family.build(cast(Mapping[str, object], header["teacher"]))
-        if header["head"] not in get_args(Head):
-            raise ValueError(f"unknown head {header['head']!r}")
-        student = Student(teacher, cast(Head, header["head"]), float(cast(float, header["t_min"])))
+        student = build_student(header)
         student.load_state_dict(tensors)
         config = from_other_version(cast(Mapping[str, object], header["config"]))
         step = int(cast(int, header["step"]))
@@ -112,8 +109,21 @@ def load_student(run: Path) -> Artifact:
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BootError(f"{path} does not describe a student: {error}.", "Make it again.") from error
     student = student.eval().requires_grad_(False).to(torch.device("cpu"))
-    artifact = Artifact(student, config, family.name, step, path)
+    artifact = Artifact(student, config, str(header["family"]), step, path)
     kept = RunDir(artifact.home).prompts
     if not kept.is_file():
         return artifact
     return dataclasses.replace(artifact, config=dataclasses.replace(config, prompts=str(kept)))
+
+
+def build_student(header: Mapping[str, object]) -> Student:
+    """The student that a file's header describes, with untrained weights. Raises `UsageError` for an unknown family,
+    and other errors for a header that is no such thing."""
+    teacher = family_named(str(header["family"])).build(cast(Mapping[str, object], header["teacher"]))
+    if header["head"] not in get_args(Head):
+        raise ValueError(f"unknown head {header['head']!r}")
+    limits = header.get("guidance_range")
+    if limits is not None:
+        low, high = cast(list[float], limits)
+        limits = float(low), float(high)
+    return Student(teacher, cast(Head, header["head"]), float(cast(float, header["t_min"])), limits)

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from torch import nn
 
 from bootcli.plugin import BootError, Head, Teacher
-from bootcli_sd.teacher import SDTeacher
+from bootcli_sd.teacher import GuidanceInput, SDTeacher
 
 _CARD = """\
 ---
@@ -20,14 +20,15 @@ _CARD = """\
 # A one-step text-to-image model
 
 This model makes an image from noise and a prompt in **one** call of its network. It was distilled with bootcli from
-{teacher}, without any training images. Guidance is part of it: leave the guidance scale at 1.
+{teacher}, without any training images. {guidance}
 
 ```python
 import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
-image = pipeline("a red fox in snow", num_inference_steps=1, guidance_scale=1, generator=torch.manual_seed(0)).images[0]
+prompt, generator = "a red fox in snow", torch.manual_seed(0)
+image = pipeline(prompt, num_inference_steps=1, guidance_scale={scale:g}, generator=generator).images[0]
 image.save("sample.png")
 ```
 """
@@ -50,10 +51,10 @@ def write_diffusers(teacher: Teacher, net: nn.Module, head: Head, folder: Path) 
         nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipeline = StableDiffusionPipeline(**parts, **nothing)
     pipeline.save_pretrained(folder, safe_serialization=True)
-    (folder / "README.md").write_text(_model_card(teacher), encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(teacher, net), encoding="utf-8")
 
 
-def _model_card(teacher: SDTeacher) -> str:
+def _model_card(teacher: SDTeacher, net: UNet2DConditionModel) -> str:
     card = teacher.describe()
     data = ModelCardData(
         library_name="diffusers",
@@ -64,4 +65,8 @@ def _model_card(teacher: SDTeacher) -> str:
     )
     source = card.get("source")
     named = f"[{source}](https://huggingface.co/{source})" if source else f"`{teacher.home.name}`"
-    return _CARD.format(front_matter=data.to_yaml(), teacher=named)
+    guidance, scale = "Guidance is part of it: leave the guidance scale at 1.", 1.0
+    if isinstance(given := net.time_embedding.cond_proj, GuidanceInput):
+        low, high = given.limits
+        guidance, scale = f"It takes a guidance scale from {low:g} to {high:g}.", (low + high) / 2
+    return _CARD.format(front_matter=data.to_yaml(), teacher=named, guidance=guidance, scale=scale)
