@@ -6,12 +6,14 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bootcli_sd import check_diffusers
 from bootcli_sd.teacher import embed_guidance, load
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bootcli.config import resolve
@@ -19,8 +21,10 @@ from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.exporters import Tensors, formats_of, largest_difference
 from bootcli.pipelines import export as exporting
-from bootcli.pipelines.distill import distill
+from bootcli.pipelines.distill import distill, dry_run
+from bootcli.pipelines.evaluate import evaluate
 from bootcli.pipelines.export import export
+from bootcli.pipelines.sample import sample
 from bootcli.pipelines.settings import resolve_config, resume_config
 from bootcli.pipelines.setup import set_up
 from bootcli.prompts import Prompt
@@ -96,6 +100,45 @@ def test_the_export_takes_w(make_folder: MakeFolder, tmp_path: Path, xl: bool) -
     tensors["time_embedding.cond_proj.weight"].zero_()
     save_file(tensors, file, {"format": "pt"})
     assert largest_difference(student, both, run) > 1e-3, "a writer that loses w is caught"
+
+
+def test_images_of_a_w(make_folder: MakeFolder, tmp_path: Path) -> None:
+    run = run_of(make_folder(), tmp_path / "run")
+
+    def told(folder: str, **asked: Any) -> dict[str, str]:
+        drawn = sample(run, num_images=2, device="cpu", **asked)
+        assert drawn.output == run / "samples" / folder
+        with Image.open(drawn.files[0]) as image:
+            facts = dict(image.text)  # type: ignore[attr-defined]
+            return {"w": facts["guidance_scale"], "nfe": facts["nfe"], "pixels": image.tobytes().hex()}
+
+    middle, weak, strong = told(""), told("guidance-1.5", guidance_scale=1.5), told("guidance-6", guidance_scale=6.0)
+    assert [each["w"] for each in (middle, weak, strong)] == ["3.75", "1.5", "6.0"]
+    assert len({each["pixels"] for each in (middle, weak, strong)}) == 3
+    assert told("", guidance_scale=None) == middle
+    asked = {"teacher_steps": 3, "guidance_scale": 6.0}
+    teacher, other = (told(f"teacher-3-steps/guidance-{w}", **asked | {"guidance_scale": w}) for w in (6, 2))
+    assert (teacher["w"], teacher["nfe"]) == ("6", "6")
+    assert teacher["pixels"] != other["pixels"]
+    few = {"metrics": ("paired",), "num_images": 2, "device": "cpu"}
+    errors = [evaluate(run, **few, guidance_scale=w)["student"] for w in (None, 1.5)]  # type: ignore[arg-type]
+    assert errors[0] != errors[1]
+    for of in (sample, evaluate):
+        with pytest.raises(UsageError, match=r"takes a w from 1\.5 to 6"):
+            of(run, num_images=2, device="cpu", guidance_scale=7.0)
+
+
+def test_what_a_run_will_do_is_shown(make_folder: MakeFolder, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red shoe\n")
+    settings = {"teacher": str(make_folder()), "prompts": str(tmp_path / "prompts.txt"), "batch_size": 4}
+    guidance = {"guidance_range": LIMITS, "guidance.rescale": 0.5, "guidance.interval": (0.1, 0.9)}
+    shown = dry_run(resolve_config({**settings, "device": "cpu"}, guidance, {}))
+    words = "w from 1.5 to 6, which the student takes, rescaled by 0.5, at noise levels 0.1 to 0.9"
+    assert shown.facts["guidance"] == words
+    assert shown.config["guidance_range"] == LIMITS
+    baked = dry_run(resolve_config({**settings, "device": "cpu", "guidance_scale": 3.0}, {}, {}))
+    assert baked.facts["guidance"] == "w = 3"
+    assert "guidance" not in dry_run(resolve_config({**settings, "device": "cpu"}, {}, {})).facts
 
 
 def test_a_format_without_a_place_for_w_is_refused(
