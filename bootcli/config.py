@@ -30,6 +30,7 @@ Decay = Annotated[float, Interval(ge=0, lt=1)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
 Step = Annotated[float, Interval(gt=0, le=1)]
 Power = Annotated[float, Interval(ge=0, le=1)]
+Scale = Annotated[float, Interval(ge=0, lt=math.inf)]
 Solver = Literal["euler", "midpoint", "heun", "multistep"]
 
 
@@ -47,6 +48,18 @@ class StudentConfig:
     """Target time of a sample."""
     lora_rank: Count = 0
     """Rank of a LoRA in the teacher's own network, whose weights are then held once; 0: the whole network learns."""
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """How the teacher is guided (`bootcli.teachers.view`), where the run is."""
+
+    rescale: Fraction = 0.0
+    """phi: how far the guided prediction takes the standard deviation of the conditional one; 0 leaves its own."""
+    interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Levels sigma / (alpha + sigma) at which the teacher is guided."""
+    one_batch: bool = True
+    """Both branches in one call of the network; false is two calls, and half the memory of their activations."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +189,7 @@ class CorrectionConfig:
     tau_power: PositiveFloat = 1.0
     """1 draws noise levels uniformly in time; below 1 more of them near noise."""
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 0.7)
-    """Levels sigma / (alpha + sigma) at which the teacher is guided, where the run is."""
+    """As in guidance: here the teacher is guided at the levels of both."""
     critic: Literal["full", "lora"] = "full"
     """A copy of the teacher, or a LoRA on it: less memory, and less to learn with."""
     lora_rank: Positive = 32
@@ -255,7 +268,10 @@ class DistillConfig:
     negative_prompt: str | None = None
     classes: tuple[Count, ...] | None = None
     """Class labels to distil; None is all of them."""
-    guidance_scale: Annotated[float, Ge(0)] = 1.0
+    guidance_scale: Scale = 1.0
+    """w, built into the student; 1 is no guidance."""
+    guidance_range: tuple[Scale, Scale] | None = None
+    """Least and greatest w of a student that takes it at sampling; guidance_scale then has no part."""
     resolution: tuple[Positive, Positive] | None = None
     """Width and height of images in pixels; None: the teacher's own."""
     clock: Literal["native", "log"] = "native"
@@ -278,6 +294,7 @@ class DistillConfig:
     checkpoint_every: Count = 1000
     """Steps between checkpoints; 0 is only at the end."""
     keep_checkpoints: Positive = 2
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     boot: BootConfig = field(default_factory=BootConfig)
@@ -289,6 +306,11 @@ class DistillConfig:
     refiner: RefinerConfig = field(default_factory=RefinerConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the teacher is guided."""
+        return self.guidance_scale != 1.0 or self.guidance_range is not None
 
 
 RESUMABLE = frozenset(
@@ -311,11 +333,25 @@ def from_dict(tree: Mapping[str, object]) -> DistillConfig:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(DistillConfig).validate_python(dict(tree))
+        config = TypeAdapter(DistillConfig).validate_python(dict(tree))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
         raise UsageError(f"Setting {key} = {first['input']!r}: {first['msg'].lower()}.") from error
+    _check_guidance(config)
+    return config
+
+
+def _check_guidance(config: DistillConfig) -> None:
+    """Raise `UsageError` for limits that do not rise, or both a range of w and one w."""
+    rising = {"guidance_range": config.guidance_range, "guidance.interval": config.guidance.interval}
+    for name, limits in rising.items():
+        if limits is not None and not limits[0] < limits[1]:
+            raise UsageError(f"{name} = [{limits[0]:g}, {limits[1]:g}] does not rise.", "Give the least first.")
+    if config.guidance_range is not None and config.guidance_scale != 1.0:
+        raise UsageError(
+            f"--guidance-scale {config.guidance_scale:g} is one w, --guidance-range many.", "Give one of them."
+        )
 
 
 def from_other_version(tree: Mapping[str, object]) -> DistillConfig:

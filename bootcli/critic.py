@@ -21,18 +21,24 @@ class Critic(nn.Module):
     Args:
         teacher: its family's knowledge, and the weights to begin with.
         config: full copy or LoRA, rank.
+        guidance_range: least and greatest w of samples whose w differs: g is told w, since it is not of one student
+            but of one for each w. None: w is the same for all. Of whole networks only.
 
     Raises `UsageError` for a LoRA where the teacher names no modules for one.
     """
 
     net: nn.Module
 
-    def __init__(self, teacher: Teacher, config: CorrectionConfig) -> None:
+    def __init__(
+        self, teacher: Teacher, config: CorrectionConfig, guidance_range: tuple[float, float] | None = None
+    ) -> None:
         super().__init__()
         self.teacher = teacher
         self.lora = Lora(teacher, "critic", config.lora_rank) if config.critic == "lora" else None
         if self.lora is None:
             self.net = copy.deepcopy(teacher.net).float().requires_grad_(True)
+            if guidance_range is not None:
+                teacher.add_guidance_input(self.net, guidance_range)
         else:
             self.__dict__["net"] = teacher.net  # not registered: what the critic learns is the LoRA
 

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from huggingface_hub import ModelCardData
@@ -22,11 +21,10 @@ from torch import Tensor
 
 from bootcli import __version__
 from bootcli.errors import BootError
-from bootcli.store.artifact import Artifact
+from bootcli.store.artifact import Artifact, build_student
 from bootcli.store.tensors import read_tensors, write_tensors
 from bootcli.student import Student
-from bootcli.teachers.protocol import Cond, Exporter, Head, LoraExporter
-from bootcli.teachers.registry import family_named
+from bootcli.teachers.protocol import Cond, Exporter, LoraExporter
 
 NETWORK = "network.safetensors"
 
@@ -48,7 +46,7 @@ _CARD = """\
 This model makes an image from noise in **one** call of its network. It was distilled with bootcli, without any training
 images, from the diffusion model `{name}` of the {family} family. Its samples are {shape}.
 
-{licence}`{file}` holds the network; its header says how it is built, and `bootcli.json` how it was checked.
+{guidance}{licence}`{file}` holds the network; its header says how it is built, and `bootcli.json` how it was checked.
 """
 
 Tensors = Mapping[str, Tensor]
@@ -62,16 +60,18 @@ class Format:
         write: (artifact, empty folder) -> files.
         run: (folder, inputs) -> outputs of one step; the tensors of `Exporter.check`.
         check: what ``run`` does, for people.
+        takes_guidance: see `Exporter`.
     """
 
     write: Callable[[Artifact, Path], None]
     run: Callable[[Path, Tensors], Tensors]
     check: str
+    takes_guidance: bool = False
 
 
 def formats_of(artifact: Artifact) -> dict[str, Format]:
     """Every format this student can be written in, by name."""
-    general = {"safetensors": Format(write_network, run_network, "loaded back by bootcli")}
+    general = {"safetensors": Format(write_network, run_network, "loaded back by bootcli", takes_guidance=True)}
     teacher = artifact.student.teacher
     formats = general | {name: _of_family(one) for name, one in teacher.export_formats().items()}
     if artifact.lora is not None:
@@ -87,7 +87,7 @@ def _of_family(exporter: Exporter) -> Format:
     def run(folder: Path, inputs: Tensors) -> Tensors:
         return run_script(exporter.check, folder, inputs)
 
-    return Format(write, run, "loaded and run in a fresh process without bootcli")
+    return Format(write, run, "loaded and run in a fresh process without bootcli", exporter.takes_guidance)
 
 
 def _of_lora(exporter: LoraExporter) -> Format:
@@ -116,7 +116,8 @@ def largest_difference(student: Student, cond: Cond, run: Callable[[Tensors], Te
     noise = torch.randn(batch, *student.teacher.spec.sample_shape, generator=torch.Generator().manual_seed(0))
     sample = student.sample(noise, cond)
     expected = {"sample": sample, "images": student.teacher.decode(sample).clamp(-1, 1)}
-    outputs = run({"noise": noise, **cond.tensors})
+    guidance = {} if cond.guidance is None else {"guidance": cond.guidance}
+    outputs = run({"noise": noise, **cond.tensors, **guidance})
     if "sample" not in outputs or any(t.shape != expected[name].shape for name, t in outputs.items()):
         shapes = {name: tuple(tensor.shape) for name, tensor in outputs.items()}
         raise BootError(f"What was written gives {shapes}, not samples of shape {tuple(sample.shape)}.")
@@ -157,6 +158,7 @@ def write_network(artifact: Artifact, folder: Path) -> None:
         "teacher": student.teacher.config(),
         "head": student.head,
         "t_min": student.t_min,
+        "guidance_range": student.guidance_range,
         "training_steps": artifact.step,
     }
     write_tensors(folder / NETWORK, student.net.state_dict(), header)
@@ -170,10 +172,18 @@ def model_card(artifact: Artifact) -> str:
         tags=["one-step", "distillation", "boot"], license=facts.get("licence"), base_model=facts.get("source")
     )
     licence = f"Its licence is that of its teacher: {facts['licence']}.\n\n" if "licence" in facts else ""
+    limits = artifact.student.guidance_range
+    guidance = "" if limits is None else f"It takes a guidance scale from {limits[0]:g} to {limits[1]:g}.\n\n"
     name = Path(artifact.config.teacher).name
     shape = "x".join(map(str, artifact.student.teacher.spec.sample_shape))
     return _CARD.format(
-        front_matter=data.to_yaml(), name=name, family=artifact.family, shape=shape, file=NETWORK, licence=licence
+        front_matter=data.to_yaml(),
+        name=name,
+        family=artifact.family,
+        shape=shape,
+        file=NETWORK,
+        guidance=guidance,
+        licence=licence,
     )
 
 
@@ -181,8 +191,8 @@ def model_card(artifact: Artifact) -> str:
 def run_network(folder: Path, inputs: Tensors) -> dict[str, Tensor]:
     """One step of what `write_network` wrote, rebuilt from the file alone."""
     tensors, header = read_tensors(folder / NETWORK)
-    teacher = family_named(str(header["family"])).build(cast(Mapping[str, object], header["teacher"]))
-    student = Student(teacher, cast(Head, header["head"]), float(cast(float, header["t_min"]))).eval()
+    student = build_student(header).eval()
     student.net.load_state_dict(tensors)
-    cond = Cond({name: tensor for name, tensor in inputs.items() if name != "noise"})
-    return {"sample": student.sample(inputs["noise"], cond)}
+    given = dict(inputs)
+    noise, guidance = given.pop("noise"), given.pop("guidance", None)
+    return {"sample": student.sample(noise, Cond(given, guidance=guidance))}

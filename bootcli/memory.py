@@ -5,6 +5,7 @@ Parameters that learn, their gradients and averages are float32. Activations are
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ def need_of(teacher: Teacher, config: DistillConfig, device: torch.device, judge
     width = 2 if half and memory.half_teacher else 4
     held = sum(width * p.numel() for p in base) + _bytes(teacher.net.buffers())
     whole = [tuple(p.shape) for p in base]
+    if config.guidance_range is not None:
+        whole += _guidance_input(teacher, config.guidance_range)
     student = lora_shapes(teacher, config.student.lora_rank) if config.student.lora_rank else whole
     student = student + _branch(teacher)
     companions: list[Shape] = []
@@ -118,6 +121,8 @@ def switches(
     """
     now, optimizer, memory = need_of(teacher, config, device, judge).total, config.optimizer, config.memory
     found = []
+    if config.guided and config.guidance.one_batch:
+        found.append(Switch("--set guidance.one_batch=false", None, "half of the teacher's activations"))
     if not optimizer.gradient_checkpointing:
         found.append(Switch("--set optimizer.gradient_checkpointing=true", None, "most of the activations"))
     micro = optimizer.accumulation or 1
@@ -141,7 +146,7 @@ def switches(
     if not config.student.lora_rank:
         if judge is None:
             add("--set memory.offload_teacher=true", "the teacher", with_memory(offload_teacher=True))
-        if teacher.lora_targets() and teacher.head() == "native":
+        if teacher.lora_targets() and teacher.head() == "native" and config.guidance_range is None:
             lora = dataclasses.replace(config.student, lora_rank=LORA_RANK)
             add(f"--lora-rank {LORA_RANK}", "a second network", dataclasses.replace(config, student=lora))
     return tuple(found)
@@ -179,6 +184,15 @@ def _branch(teacher: Teacher) -> list[Shape]:
     _, width = teacher.embedding_site(teacher.net)
     with torch.device("meta"):
         return [tuple(p.shape) for p in TimeBranch(width, 0.0).parameters()]
+
+
+def _guidance_input(teacher: Teacher, limits: tuple[float, float]) -> list[Shape]:
+    """The parameters that w enters a copy of the teacher's network by."""
+    own = dict(teacher.net.named_parameters())
+    with torch.device("meta"):
+        net = copy.deepcopy(teacher.net, {id(p): nn.Parameter(p.to("meta")) for p in own.values()})
+        teacher.add_guidance_input(net, limits)
+    return [tuple(p.shape) for name, p in net.named_parameters() if name not in own]
 
 
 def _count(shapes: Iterable[Shape]) -> int:

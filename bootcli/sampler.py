@@ -157,7 +157,7 @@ def _end_of_path(view: TeacherView, x: Tensor, cond: Cond, times: Tensor) -> Ten
 def reference_calls(view: TeacherView, steps: int) -> int:
     """Calls of the network for an image of so many steps of the reference sampler; a guided one has two."""
     evaluations = 2 * steps - 1 if view.teacher.spec.sampler == "heun" else steps
-    return evaluations * (1 if view.guidance_scale == 1.0 else 2)
+    return evaluations * (1 if view.negative is None else 2)
 
 
 def _batches(seeds: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:

@@ -68,17 +68,31 @@ class Student(nn.Module):
             reads the output as y itself.
         t_min: the target time of a sample.
         lora: of the student, in the teacher's network; None: the whole network learns.
+        guidance_range: least and greatest w that it takes with its conditions; None: w is built in. Of whole networks
+            only.
+
+    Raises `UsageError` where the teacher's network has no place for w.
     """
 
     net: nn.Module
 
-    def __init__(self, teacher: Teacher, head: Head, t_min: float, lora: Lora | None = None) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        head: Head,
+        t_min: float,
+        lora: Lora | None = None,
+        guidance_range: tuple[float, float] | None = None,
+    ) -> None:
         super().__init__()
         self.teacher = teacher
         self.head: Head = head
         self.lora = lora
+        self.guidance_range = guidance_range
         if lora is None:
             self.net = copy.deepcopy(teacher.net).float().requires_grad_(True)
+            if guidance_range is not None:
+                teacher.add_guidance_input(self.net, guidance_range)
         else:
             self.__dict__["net"] = teacher.net  # not registered: what the student learns is the LoRA
         site, width = teacher.embedding_site(self.net)

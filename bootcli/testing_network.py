@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bootcli.errors import BootError
+from bootcli.errors import BootError, UsageError
 from bootcli.maths.schedule import DiscreteVP
 from bootcli.teachers.family import TeacherFamily
 from bootcli.teachers.protocol import Cond, Conditioning, Teacher
@@ -217,6 +218,26 @@ def feature_layers_give_maps(probe: Probe) -> None:
         need(fits and output.is_floating_point(), "a feature layer does not give maps (b, channels, height, width).")
 
 
+def guidance_input_starts_neutral(probe: Probe) -> None:
+    """An input for the guidance scale changes no prediction at first, can be learned, and is the given net's alone; or
+    the teacher says with UsageError that there is no place for one."""
+    teacher, net = probe.teacher, copy.deepcopy(probe.teacher.net)
+    try:
+        teacher.add_guidance_input(net, (1.0, 8.0))
+    except UsageError:
+        return
+    before, t = probe.predict(0.5), torch.full((2,), 0.5, dtype=torch.float64)
+    cond = dataclasses.replace(probe.cond, guidance=torch.tensor([1.0, 7.5], device=probe.device))
+    own = {name for name, _ in teacher.net.named_parameters()}
+    added = [p.requires_grad_() for name, p in net.named_parameters() if name not in own]
+    need(added, "the guidance input has no parameters.")
+    output = teacher.predict(net, probe.x_t, t, cond)
+    need(probe.same(output.detach(), before), "the guidance input changes the prediction before it is trained.")
+    gradients = torch.autograd.grad(output.float().square().mean(), added, allow_unused=True)
+    need(any(g is not None and bool(g.any()) for g in gradients), "the guidance input gets no gradient.")
+    need(torch.equal(probe.predict(0.5), before), "the guidance input changes the teacher's own network.")
+
+
 def gradient_checkpointing_is_neutral(probe: Probe) -> None:
     """Gradient checkpointing leaves the prediction as it is, or the teacher says with BootError that it has none."""
     net = copy.deepcopy(probe.teacher.net)
@@ -252,5 +273,6 @@ NETWORK_CLAUSES: tuple[Clause, ...] = (
     embedding_site_moves_the_prediction,
     output_layer_is_last,
     feature_layers_give_maps,
+    guidance_input_starts_neutral,
     gradient_checkpointing_is_neutral,
 )

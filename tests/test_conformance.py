@@ -18,8 +18,10 @@ from bootcli.maths.schedule import Coefficients, CosineVP, LinearPath, Schedule,
 from bootcli.plugin import Cond, Exporter, FeatureSpace, Teacher, TeacherFamily, check_teacher
 from bootcli.testing import DESCRIPTION_CLAUSES, FAMILY_CLAUSES, SPEC_CLAUSES, ConformanceError
 from bootcli.testing_network import NETWORK_CLAUSES
+from tests.guided import GuidedTeacher
 
 CLAUSES = [*SPEC_CLAUSES, *NETWORK_CLAUSES, *DESCRIPTION_CLAUSES, *FAMILY_CLAUSES]
+MEAN = torch.full((1, 4, 4), 0.5)
 DDPM = vp_table(torch.linspace(1e-4, 0.02, 1000))
 
 
@@ -51,6 +53,10 @@ def test_closed_forms_pass(schedule: Schedule, prediction: PredictionType) -> No
     assert check_teacher(gaussian, family()) == [clause.__name__ for clause in CLAUSES]
     conditional = mixture(schedule=schedule, prediction=prediction, conditioning="class")
     assert check_teacher(conditional, family()) == [clause.__name__ for clause in CLAUSES]
+
+
+def test_a_guidance_input_passes() -> None:
+    assert check_teacher(GuidedTeacher(MEAN, 0.5), family()) == [clause.__name__ for clause in CLAUSES]
 
 
 def test_family_is_optional() -> None:
@@ -175,6 +181,23 @@ class Confusion(GaussianMixtureTeacher):
         net.get_parameter("means").data.add_(1)
 
 
+class Loud(GuidedTeacher):
+    def add_guidance_input(self, net: nn.Module, guidance_range: tuple[float, float]) -> None:
+        super().add_guidance_input(net, guidance_range)
+        net.get_parameter("guidance").data.add_(1)
+
+
+class Heedless(GuidedTeacher):
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return super().predict(net, x_t, t, replace(cond, guidance=None))
+
+
+class Shared(GuidedTeacher):
+    def add_guidance_input(self, net: nn.Module, guidance_range: tuple[float, float]) -> None:
+        super().add_guidance_input(net, guidance_range)
+        self.net.get_parameter("means").data.add_(1)
+
+
 class Deaf(GaussianMixtureTeacher):
     def enable_gradient_checkpointing(self, net: nn.Module, function: Callable[..., Any] | None = None) -> None:
         pass
@@ -281,6 +304,9 @@ CASES: Mapping[str, Case] = {
     "feature layers the wrong way": Case("feature_layers_give_maps", lambda: layers("output", "embedding")),
     "feature layer runs twice": Case("feature_layers_give_maps", lambda: mixture(Twice)),
     "features are vectors": Case("feature_layers_give_maps", lambda: layers("embedding")),
+    "guidance changes": Case("guidance_input_starts_neutral", lambda: Loud(MEAN, 0.5)),
+    "guidance is not read": Case("guidance_input_starts_neutral", lambda: Heedless(MEAN, 0.5)),
+    "guidance changes the teacher": Case("guidance_input_starts_neutral", lambda: Shared(MEAN, 0.5)),
     "checkpointing changes": Case("gradient_checkpointing_is_neutral", lambda: mixture(Confusion)),
     "checkpointing of its own": Case("gradient_checkpointing_is_neutral", lambda: mixture(Deaf)),
     "checkpointing without gradients": Case("gradient_checkpointing_is_neutral", lambda: mixture(Eager)),

@@ -40,6 +40,15 @@ def pixels(text: str | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[1])
 
 
+def limits(text: str, flag: str) -> tuple[float, float]:
+    """``"2,8"`` -> (2.0, 8.0). Raises `UsageError`."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{flag} {text}: expected two numbers with a comma between.", f"Like: {flag} 2,8") from error
+    return low, high
+
+
 def find_run(run: Path | None) -> Path:
     """The run a command works on; the newest one, named on stderr, where it was left out. Raises `UsageError`."""
     from bootcli.store.rundir import newest_run

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bootcli.cli.common import find_run, integers, pixels, print_json, to_toml
+from bootcli.cli.common import find_run, integers, limits, pixels, print_json, to_toml
 from bootcli.cli.options import Device, JsonOption, MixedPrecision, examples, recipe
 from bootcli.errors import DoesNotFit, UsageError
 
@@ -58,6 +58,14 @@ GuidanceOption = Annotated[
         metavar="W",
         help="Guidance built into the student; 1 is none.",
         show_default=recipe(1.0),
+        rich_help_panel=TEACHER,
+    ),
+]
+GuidanceRangeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="2,8",
+        help="Least and greatest guidance, of a student that takes it at sampling.",
         rich_help_panel=TEACHER,
     ),
 ]
@@ -193,6 +201,7 @@ def distill(
     prompts: PromptsOption = None,
     classes: ClassesOption = None,
     guidance_scale: GuidanceOption = None,
+    guidance_range: GuidanceRangeOption = None,
     negative_prompt: NegativePromptOption = None,
     resolution: ResolutionOption = None,
     objective: ObjectiveOption = None,
@@ -250,6 +259,10 @@ def _layers(params: Mapping[str, object], file: Path | None, overrides: list[str
     flags = {keys[name]: value for name, value in params.items() if keys[name] in known and value is not None}
     if "classes" in flags:
         flags["classes"] = integers(str(flags["classes"]), "--classes")
+    if "guidance_range" in flags:
+        if "guidance_scale" in flags:
+            raise UsageError("--guidance-scale is one w, --guidance-range many.", "Give one of them.")
+        flags["guidance_range"] = limits(str(flags["guidance_range"]), "--guidance-range")
     if "resolution" in flags:
         flags["resolution"] = pixels(str(flags["resolution"]))
     return flags, read_overrides(overrides or ()), read_file(file) if file else {}

@@ -12,6 +12,7 @@ from bootcli.cli.common import find_run, integers, pixels, print_json
 from bootcli.cli.options import (
     BatchSizeOption,
     DeviceOption,
+    GuidanceOption,
     JsonOption,
     PromptsOption,
     ResolutionOption,
@@ -73,6 +74,7 @@ def evaluate(
     save_reference: SaveReferenceOption = None,
     prompts: PromptsOption = None,
     resolution: ResolutionOption = None,
+    guidance_scale: GuidanceOption = None,
     nfe: NfeOption = "1",
     teacher_steps: TeacherStepsOption = "4,10,50",
     max_fid: MaxOption = None,
@@ -107,6 +109,7 @@ def evaluate(
             reference=reference,
             prompts=prompts,
             resolution=size,
+            guidance_scale=guidance_scale,
             nfe=calls,
             teacher_steps=steps,
             batch_size=batch_size,

@@ -33,6 +33,14 @@ DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 BatchSizeOption = Annotated[
     int, typer.Option(metavar="N", min=1, help="Images at a time: changes the speed, never an image.")
 ]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="W",
+        help="Guidance, for a student distilled with --guidance-range.",
+        show_default="the middle of the range",
+    ),
+]
 PromptsOption = Annotated[
     str | None,
     typer.Option(

@@ -11,6 +11,7 @@ from bootcli.cli.common import find_run, pixels, print_json
 from bootcli.cli.options import (
     BatchSizeOption,
     DeviceOption,
+    GuidanceOption,
     JsonOption,
     OverwriteOption,
     PromptsOption,
@@ -57,6 +58,7 @@ def sample(
     prompt: PromptOption = None,
     prompts: PromptsOption = None,
     resolution: ResolutionOption = None,
+    guidance_scale: GuidanceOption = None,
     seed: SeedOption = 0,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
@@ -86,6 +88,7 @@ def sample(
             class_label=class_,
             prompts=wanted,
             resolution=size,
+            guidance_scale=guidance_scale,
             nfe=nfe,
             teacher_steps=teacher_steps,
             batch_size=batch_size,
@@ -97,11 +100,13 @@ def sample(
         print_json(drawn)
     else:
         rate = len(drawn.files) / max(drawn.seconds, 1e-9)
+        guidance = {} if drawn.guidance_scale is None else {"guidance": f"w = {drawn.guidance_scale:g}"}
         ui.print_facts(
             {
                 "images": f"{len(drawn.files)} in {drawn.output}",
                 "grid": drawn.grid,
                 "drawn by": f"{drawn.source}, {drawn.nfe} network evaluation{'s' if drawn.nfe > 1 else ''} each",
+                **guidance,
                 "time": f"{drawn.seconds:.2f} s drawing ({rate:.0f} images/s), {drawn.write_seconds:.2f} s writing",
             }
         )

@@ -229,6 +229,7 @@ def stratified(generator: torch.Generator, n: int, low: float, high: float, powe
     return low + ((strata + jitter) / n) ** power * (high - low)
 
 
-def conditions(generator: torch.Generator, n: int, pool: Pool) -> Tensor:
-    """n indices into a pool of conditions, (n,), int64."""
-    return pool.take(n) if isinstance(pool, Deck) else torch.randint(pool, (n,), generator=generator)
+def conditions(generator: torch.Generator, n: int, pool: Pool, levels: int = 1) -> Tensor:
+    """n indices into a pool of conditions, (n,), int64; above 1 level each carries one (`bootcli.guided_pool`)."""
+    rows = pool.take(n) if isinstance(pool, Deck) else torch.randint(pool, (n,), generator=generator)
+    return rows if levels == 1 else rows * levels + torch.randint(levels, (n,), generator=generator)

@@ -64,7 +64,7 @@ class Boot(Objective[PathDraw]):
         low = self.t_min if clean else self.t_min + delta
         t = stratified(generator, batch_size, low, self.t_max, self.config.time_power)
         t = t.clamp(min=self.t_min + 1e-6)  # a step needs some length
-        rows = conditions(generator, batch_size, pool)
+        rows = conditions(generator, batch_size, pool, self.teacher.levels)
         return PathDraw(
             eps, rows, t, (t - delta).clamp(min=self.t_min), every(batch_size, self.config.boundary_every)
         )  # fmt: skip

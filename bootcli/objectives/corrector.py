@@ -94,7 +94,8 @@ class Corrector:
         low = FIRST * self.t_max
         tau = stratified(generator, batch_size * m, low, self.t_max, self.config.tau_power).reshape(batch_size, m)
         noise = torch.randn(batch_size, m, *shape, generator=generator)
-        return CorrectorDraw(eps, conditions(generator, batch_size, pool), tau, noise)
+        rows = conditions(generator, batch_size, pool, self.teacher.levels)
+        return CorrectorDraw(eps, rows, tau, noise)
 
     def take(self, draw: CorrectorDraw, rows: slice, device: torch.device) -> CorrectorDraw:
         """The rows of a draw, with the noise on a device."""

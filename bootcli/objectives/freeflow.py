@@ -66,7 +66,7 @@ class FreeFlow(Objective[PathDraw]):
         s = stratified(generator, batch_size, self.t_min, self.t_max)
         s = s.clamp(self.t_min + FIRST * span, self.t_max - FIRST * span)
         t = (s + self.config.delta * span).clamp(max=self.t_max)
-        rows = conditions(generator, batch_size, pool)
+        rows = conditions(generator, batch_size, pool, self.teacher.levels)
         return PathDraw(eps, rows, t, s, every(batch_size, self.config.boundary_every))
 
     def take(self, draw: PathDraw, rows: slice, device: torch.device) -> PathDraw:

@@ -93,7 +93,7 @@ class KD(Objective[KDDraw]):
         size = at_once or batch_size
         count += -count % engine.num_processes
         eps = torch.randn(count, *self._eps.shape[1:], generator=generator)
-        rows = conditions(generator, count, pool)
+        rows = conditions(generator, count, pool, self.teacher.levels)
         mine = slice(engine.rank * count // engine.num_processes, (engine.rank + 1) * count // engine.num_processes)
         parts = zip(torch.split(eps[mine], size), torch.split(rows[mine], size), strict=True)
         points = engine.gather(torch.cat([self._follow(e, r, engine) for e, r in parts])).cpu()

@@ -62,7 +62,8 @@ class Refiner:
         eps, noise = (torch.randn(batch_size, *shape, generator=generator) for _ in range(2))
         first = torch.randint(len(self.times), (1,), generator=generator)
         start = self.times[(first + torch.arange(batch_size)) % len(self.times)]
-        return RefinerDraw(eps, conditions(generator, batch_size, pool), start, noise)
+        rows = conditions(generator, batch_size, pool, self.teacher.levels)
+        return RefinerDraw(eps, rows, start, noise)
 
     def take(self, draw: RefinerDraw, rows: slice, device: torch.device) -> RefinerDraw:
         """The rows of a draw, with the noise on a device."""

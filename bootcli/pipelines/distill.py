@@ -256,7 +256,7 @@ class Session:
         seeds = [self.config.seed + i if seed is None else seed for i, seed in enumerate(own)]
         eps = prior_noise(seeds, teacher.spec.sample_shape)
         eps = eps.to(self.engine.device)
-        cond = work.conditions.rows(torch.arange(PREVIEWS) % len(work.conditions)).to(self.engine.device)
+        cond = work.shown(range(PREVIEWS)).to(self.engine.device)
         with self.trainer.ema.applied_to(work.student):
             if self._teacher_samples is None:
                 steps = self.config.preview_teacher_steps

@@ -21,6 +21,7 @@ from bootcli.pipelines.setup import (
     labels_of,
     prompts_of,
     refinement_starts,
+    sampling_scale,
     seed_of,
     start_time,
     teacher_view,
@@ -50,6 +51,7 @@ def evaluate(
     reference: str | None = None,
     prompts: str | None = None,
     resolution: tuple[int, int] | None = None,
+    guidance_scale: float | None = None,
     nfe: Sequence[int] = (1,),
     teacher_steps: tuple[int, ...] = (),
     batch_size: int = 64,
@@ -71,6 +73,7 @@ def evaluate(
         reference: see `bootcli.reference.reference_for`; "paired" alone needs none.
         prompts: where the prompts come from that images take in turn, by the seed (`read_prompts`); None: the run.
         resolution: width and height in pixels, where the teacher allows it; None: those of the run.
+        guidance_scale: w of both, for a student that takes one; None is the middle of its range.
         nfe: calls of the student for an image; above 1 for one that was trained to refine.
         teacher_steps: numbers of steps of the reference sampler to measure the teacher at.
         batch_size: images drawn at a time; changes the result by rounding at most.
@@ -94,8 +97,9 @@ def evaluate(
     if resolution is not None:
         artifact.student.teacher.use_resolution(*resolution)
         config = dataclasses.replace(config, resolution=resolution)
+    scale = sampling_scale(config, guidance_scale)
     teacher = load(config.teacher).teacher
-    view = teacher_view(teacher, config, engine)
+    view = teacher_view(teacher, config, engine, guidance_scale=scale)
     texts = prompts_of(teacher, config, asked)
     starts = [refinement_starts(teacher, config, calls) for calls in dict.fromkeys((1, *nfe))]
     for steps in teacher_steps:
@@ -109,7 +113,7 @@ def evaluate(
     bench = Bench(
         student=artifact.student.to(engine.device),
         view=view,
-        cond_of=condition_of(teacher, config, prompts=texts),
+        cond_of=condition_of(teacher, config, prompts=texts, guidance_scale=scale),
         seed_of=seed_of(texts),
         repeats=[range(seed + k * num_images, seed + (k + 1) * num_images) for k in range(repeats)],
         batch_size=batch_size,
@@ -229,6 +233,8 @@ def _sampler(view: TeacherView) -> dict[str, object]:
         **(spacing if view.teacher.spec.sampler == "ddim" else {"churn": 0.0}),
         "threshold": repr(view.teacher.spec.threshold),
         "guidance_scale": view.guidance_scale,
+        **({"guidance_rescale": view.rescale} if view.rescale else {}),
+        **({"guidance_interval": list(view.interval)} if view.interval != (0, 1) else {}),
         "precision": "float32",
     }
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from bootcli import __version__
 from bootcli.errors import BootError, UsageError
@@ -59,6 +62,13 @@ def export(run: Path, *, format: str, output: Path | None = None, overwrite: boo
         raise UsageError(f"{folder} is the working folder or above it.", "Name a new folder with --output.")
     check_free(folder, overwrite=overwrite, mark=FACTS)
     cond = condition_of(artifact.student.teacher, artifact.config)(range(2))
+    if limits := artifact.student.guidance_range:
+        if not chosen.takes_guidance:
+            raise UsageError(
+                f"The {format} format has no place for the guidance scale that this student takes.",
+                "Distil one with w built in, with --guidance-scale 3 for example.",
+            )
+        cond = dataclasses.replace(cond, guidance=torch.tensor(limits))  # both ends are compared
     with atomic_folder(folder) as temporary:
         chosen.write(artifact, temporary)
         difference = largest_difference(artifact.student, cond, lambda inputs: chosen.run(temporary, inputs))
@@ -91,6 +101,7 @@ def _facts(artifact: Artifact, format: str, difference: float) -> dict[str, obje
         "family": artifact.family,
         "objective": artifact.config.objective,
         "training_steps": artifact.step,
+        "guidance_range": artifact.student.guidance_range,
         "nfe": 1,
         "max_abs_difference": difference,
     }

@@ -35,6 +35,22 @@ def head_of(teacher: Teacher, config: DistillConfig) -> Head:
     return advice if head == "auto" else head
 
 
+def check_lora(config: DistillConfig) -> None:
+    """Raise `UsageError` for a LoRA that would have to take w; ``config`` without "auto"."""
+    if config.guidance_range is None:
+        return
+    if config.student.lora_rank:
+        raise UsageError(
+            "--lora-rank: a LoRA shares the teacher's network, which has no input for a guidance scale.",
+            "Build one w in, with --guidance-scale 3 for example, or train the whole network without --lora-rank.",
+        )
+    if config.corrector and config.correction.critic == "lora":
+        raise UsageError(
+            "correction.critic = lora shares the teacher's network, which has no input for a guidance scale.",
+            "With --guidance-range use --set correction.critic=full.",
+        )
+
+
 def check_memory(config: DistillConfig) -> None:
     """Raise `UsageError` for what cannot be held as ``memory`` says; ``config`` without "auto"."""
     memory, lora = config.memory, config.student.lora_rank or (config.corrector and config.correction.critic == "lora")
@@ -65,12 +81,12 @@ def make_networks(teacher: Teacher, config: DistillConfig, engine: Engine) -> tu
 
     Whole networks are copied first: after that the teacher's weights may be halved, and a LoRA may go into its modules.
     """
-    settings, critic, student = config.student, None, None
+    settings, limits, critic, student = config.student, config.guidance_range, None, None
     if config.corrector and config.correction.critic == "full":
-        critic = Critic(teacher, config.correction)
+        critic = Critic(teacher, config.correction, limits)
     torch.manual_seed(config.seed)  # the new layers of the student
     if not settings.lora_rank:
-        student = Student(teacher, head_of(teacher, config), settings.t_min)
+        student = Student(teacher, head_of(teacher, config), settings.t_min, guidance_range=limits)
     base = fingerprint(teacher.net) if settings.lora_rank else ""
     if config.memory.half_teacher:
         teacher.net.to(engine.half)

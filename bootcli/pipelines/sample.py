@@ -18,7 +18,15 @@ from bootcli.config import Device
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.images import enlarge, grid, save_png
-from bootcli.pipelines.setup import condition_of, prompts_of, refinement_starts, request_of, seed_of, teacher_view
+from bootcli.pipelines.setup import (
+    condition_of,
+    prompts_of,
+    refinement_starts,
+    request_of,
+    sampling_scale,
+    seed_of,
+    teacher_view,
+)
 from bootcli.prompts import Prompt, Prompts
 from bootcli.sampler import SeedOf, reference_calls, student_images, teacher_images
 from bootcli.store.artifact import Artifact, load_student
@@ -46,6 +54,7 @@ class Sampled:
         seconds: drawing, from seeds to uint8 images in memory.
         write_seconds: making and writing PNG files.
         source: who drew them: "student", or "teacher, 50 steps".
+        guidance_scale: w, where the student takes one; None where it is built in.
     """
 
     output: Path
@@ -55,6 +64,7 @@ class Sampled:
     seconds: float
     write_seconds: float
     source: str
+    guidance_scale: float | None
 
 
 def sample(
@@ -66,6 +76,7 @@ def sample(
     class_label: int | None = None,
     prompts: Prompts | None = None,
     resolution: tuple[int, int] | None = None,
+    guidance_scale: float | None = None,
     nfe: int = 1,
     teacher_steps: int | None = None,
     batch_size: int = 64,
@@ -90,6 +101,7 @@ def sample(
         class_label: class of every image; None takes the classes of the run in turn, by the seed.
         prompts: that images take in turn, by the seed; None: those of the run.
         resolution: width and height in pixels, where the teacher allows it; None: those of the run.
+        guidance_scale: w, for a student that takes one; None is the middle of its range.
         nfe: calls of the student for each image; more than one needs a student that was trained to refine.
         teacher_steps: draw the teacher with that many steps of the reference sampler instead.
         batch_size: images at a time.
@@ -111,8 +123,10 @@ def sample(
         artifact.student.teacher.use_resolution(*resolution)
         artifact = dataclasses.replace(artifact, config=dataclasses.replace(artifact.config, resolution=resolution))
     seeds = range(seed, seed + count)
-    drawing = _draw(artifact, seeds, class_label, prompts, nfe, teacher_steps, batch_size, Engine(device, "no"))
-    settings = _settings(class_label, prompts, resolution, nfe, teacher_steps)
+    drawing = _draw(
+        artifact, seeds, class_label, prompts, guidance_scale, nfe, teacher_steps, batch_size, Engine(device, "no")
+    )
+    settings = _settings(class_label, prompts, resolution, guidance_scale, nfe, teacher_steps)
     folder = output or RunDir(artifact.home).samples.joinpath(*settings)
     return _write(drawing, folder, seeds, progress)
 
@@ -124,6 +138,7 @@ class _Drawing:
     batches: Iterator[Tensor]
     nfe: int
     source: str
+    guidance_scale: float | None
     request: Callable[[int], dict[str, str]]
     seed_of: SeedOf
 
@@ -133,25 +148,26 @@ def _draw(
     seeds: range,
     class_label: int | None,
     wanted: Prompts | None,
+    guidance_scale: float | None,
     nfe: int,
     teacher_steps: int | None,
     batch_size: int,
     engine: Engine,
 ) -> _Drawing:
-    config = artifact.config
+    config, scale = artifact.config, sampling_scale(artifact.config, guidance_scale)
     teacher = artifact.student.teacher if teacher_steps is None else load(config.teacher).teacher
     prompts = prompts_of(teacher, config, wanted)
-    cond_of = condition_of(teacher, config, class_label, prompts)
+    cond_of = condition_of(teacher, config, class_label, prompts, scale)
     seed, request = seed_of(prompts), request_of(teacher, config, class_label, prompts)
     if teacher_steps is None:
         student = artifact.student.to(engine.device)
         starts = refinement_starts(teacher, config, nfe)
         batches = student_images(student, cond_of, seeds, batch_size, engine, starts, seed)
-        return _Drawing(batches, nfe, "student", request, seed)
-    view = teacher_view(teacher, config, engine)
+        return _Drawing(batches, nfe, "student", scale, request, seed)
+    view = teacher_view(teacher, config, engine, guidance_scale=scale)
     batches = teacher_images(view, teacher_steps, cond_of, seeds, batch_size, engine, seed)
     source = f"teacher, {teacher_steps} step{'s' if teacher_steps > 1 else ''}"
-    return _Drawing(batches, reference_calls(view, teacher_steps), source, request, seed)
+    return _Drawing(batches, reference_calls(view, teacher_steps), source, scale, request, seed)
 
 
 def _write(drawing: _Drawing, folder: Path, seeds: range, progress: Callable[[int, int], None] | None) -> Sampled:
@@ -172,7 +188,16 @@ def _write(drawing: _Drawing, folder: Path, seeds: range, progress: Callable[[in
     picture = enlarge(grid(torch.stack(tiles)), max(1, VISIBLE // tiles[0].shape[-1]))
     save_png(picture, folder / "grid.png", _facts(drawing))
     total = time.perf_counter() - began
-    return Sampled(folder, tuple(files), folder / "grid.png", drawing.nfe, drawn, total - drawn, drawing.source)
+    return Sampled(
+        output=folder,
+        files=tuple(files),
+        grid=folder / "grid.png",
+        nfe=drawing.nfe,
+        seconds=drawn,
+        write_seconds=total - drawn,
+        source=drawing.source,
+        guidance_scale=drawing.guidance_scale,
+    )
 
 
 def _timed(batches: Iterator[Tensor]) -> Iterator[tuple[Tensor, float]]:
@@ -184,7 +209,8 @@ def _timed(batches: Iterator[Tensor]) -> Iterator[tuple[Tensor, float]]:
 
 
 def _facts(drawing: _Drawing) -> dict[str, str]:
-    return {"Software": f"bootcli {__version__}", "source": drawing.source, "nfe": str(drawing.nfe)}
+    facts = {"Software": f"bootcli {__version__}", "source": drawing.source, "nfe": str(drawing.nfe)}
+    return facts if drawing.guidance_scale is None else facts | {"guidance_scale": str(drawing.guidance_scale)}
 
 
 def _room(image: Tensor) -> int:
@@ -197,6 +223,7 @@ def _settings(
     class_label: int | None,
     prompts: Prompts | None,
     resolution: tuple[int, int] | None,
+    guidance_scale: float | None,
     nfe: int,
     teacher_steps: int | None,
 ) -> Iterator[str]:
@@ -207,6 +234,8 @@ def _settings(
         yield f"teacher-{teacher_steps}-steps"
     if resolution is not None:
         yield "{}x{}".format(*resolution)
+    if guidance_scale is not None:
+        yield f"guidance-{guidance_scale:.9g}"  # all digits that the network sees
     if class_label is not None:
         yield f"class-{class_label}"
     if prompts is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bootcli.engine import Engine
 from bootcli.evaluate import frechet, statistics_of
 from bootcli.images import to_uint8
-from bootcli.pipelines.setup import Distillation, in_turn
+from bootcli.pipelines.setup import Distillation
 from bootcli.reference import reference_for
 from bootcli.sampler import prior_noise, teacher_endpoint
 from bootcli.watch import Score
@@ -39,7 +39,7 @@ class Scorer:
     def __init__(self, work: Distillation, engine: Engine) -> None:
         self.work = work
         self.engine = engine
-        self.cond_of = in_turn(work.conditions)
+        self.cond_of = work.shown
         teacher, wanted = work.view.teacher, work.config.watch.reference
         known = wanted is not None or teacher.feature_space() is not None
         self.reference = reference_for(teacher, wanted, engine.device) if known else None

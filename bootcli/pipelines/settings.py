@@ -22,6 +22,11 @@ def resolve_config(
         check_recipe(recipe)
     except UsageError as error:
         raise BootError(f"The recipe of the teacher {name} is broken: {error.message}", error.hint) from error
+    # One w or a range of it: where the user chose one of them, the recipe's other has no say.
+    named = flags.keys() | overrides.keys() | file.keys()
+    other = {"guidance_range": "guidance_scale", "guidance_scale": "guidance_range"}
+    dropped = {other[key] for key in named & other.keys()}
+    recipe = {key: value for key, value in recipe.items() if key not in dropped}
     return _whole_paths(resolve(flags, overrides, file, recipe))
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from bootcli.batch import Work
 from bootcli.conditions import PromptPool
-from bootcli.config import DistillConfig
+from bootcli.config import DistillConfig, GuidanceConfig
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
+from bootcli.guided_pool import LEVELS, GuidedPool
 from bootcli.judge import Features, make_judge
 from bootcli.maths.broadcast import like
 from bootcli.objectives.adversary import Adversary
@@ -26,7 +27,7 @@ from bootcli.objectives.corrector import Corrector
 from bootcli.objectives.freeflow import FreeFlow
 from bootcli.objectives.kd import KD
 from bootcli.objectives.refiner import Refiner
-from bootcli.pipelines.networks import adversary_beside, check_memory, head_of, make_networks, try_half
+from bootcli.pipelines.networks import adversary_beside, check_lora, check_memory, head_of, make_networks, try_half
 from bootcli.prompts import Prompt, Prompts, read_prompts
 from bootcli.sampler import CondOf, SeedOf, prior_noise
 from bootcli.store.artifact import load_student
@@ -41,22 +42,32 @@ class Distillation(Work):
 
     Args:
         view: the teacher as a guided denoiser.
+        shown: the conditions of images that are shown and scored, by their seeds; w is the middle of a range.
         config: with every "auto" resolved.
         prompts: of a text teacher, with their embeddings.
     """
 
     view: TeacherView
+    shown: CondOf
     config: DistillConfig
     prompts: PromptPool | None
 
 
-def teacher_view(teacher: Teacher, config: DistillConfig, engine: Engine, negative: Cond | None = None) -> TeacherView:
+def teacher_view(
+    teacher: Teacher,
+    config: DistillConfig,
+    engine: Engine,
+    *,
+    guidance_scale: float | None = None,
+    negative: Cond | None = None,
+) -> TeacherView:
     """The frozen teacher on its device, guided as the configuration says. Raises `UsageError`.
 
     Args:
         teacher: with its weights.
         config: of the run.
         engine: where to.
+        guidance_scale: w where the student takes one (`sampling_scale`) and conditions say none; None: the middle.
         negative: what guidance leads away from, where that is known; None: the teacher is asked.
     """
     teacher.net.requires_grad_(False).eval().to(engine.device)
@@ -65,15 +76,55 @@ def teacher_view(teacher: Teacher, config: DistillConfig, engine: Engine, negati
         teacher.use_resolution(*config.resolution)
     if config.negative_prompt is not None and teacher.spec.conditioning != "text":
         raise UsageError(f"--negative-prompt: the teacher {config.teacher} takes no prompts.")
-    if config.guidance_scale == 1.0 and config.negative_prompt is not None:
-        raise UsageError("--negative-prompt: without guidance nothing leads away from it.", "Add --guidance-scale 7.5.")
-    if config.guidance_scale == 1.0:
+    if not config.guided:
+        _check_unguided(config)
         return TeacherView(teacher)
+    guidance, scale = config.guidance, sampling_scale(config, guidance_scale)
     if teacher.spec.conditioning == "none":
-        raise UsageError(f"--guidance-scale: the teacher {config.teacher} is unconditional.", "Leave it out.")
+        flag = "--guidance-scale" if config.guidance_range is None else "--guidance-range"
+        raise UsageError(f"{flag}: the teacher {config.teacher} is unconditional.", "Leave it out.")
     if negative is None:
         negative = teacher.condition([config.negative_prompt])
-    return TeacherView(teacher, config.guidance_scale, negative.to(engine.device))
+    return TeacherView(
+        teacher,
+        config.guidance_scale if scale is None else scale,
+        negative.to(engine.device),
+        guidance.interval,
+        rescale=guidance.rescale,
+        one_batch=guidance.one_batch,
+        levels=1 if config.guidance_range is None else LEVELS,
+    )
+
+
+def _check_unguided(config: DistillConfig) -> None:
+    """Raise `UsageError` for settings that have an effect under guidance alone."""
+    if config.negative_prompt is not None:
+        raise UsageError("--negative-prompt: without guidance nothing leads away from it.", "Add --guidance-scale 7.5.")
+    usual = GuidanceConfig()
+    for field in dataclasses.fields(usual):
+        if getattr(config.guidance, field.name) != getattr(usual, field.name):
+            raise UsageError(f"guidance.{field.name}: this run is not guided.", "Add --guidance-scale 3, for example.")
+
+
+def sampling_scale(config: DistillConfig, wanted: float | None) -> float | None:
+    """w of images that are drawn: what is wanted, else the middle of the range that the student takes w from; None
+    where w is built in. Raises `UsageError` for a w that it does not take."""
+    limits = config.guidance_range
+    if limits is None:
+        if wanted is None:
+            return None
+        raise UsageError(
+            f"--guidance-scale: guidance w = {config.guidance_scale:g} is part of this student.",
+            "Leave it out, or distil a student that takes w, with: --guidance-range 2,8",
+        )
+    if wanted is None:
+        return sum(limits) / 2
+    if not limits[0] <= wanted <= limits[1]:
+        raise UsageError(
+            f"--guidance-scale {wanted:g}: this student takes a w from {limits[0]:g} to {limits[1]:g}.",
+            "Take one of these.",
+        )
+    return wanted
 
 
 def class_pool(teacher: Teacher, config: DistillConfig) -> Cond:
@@ -104,7 +155,11 @@ def prompts_of(teacher: Teacher, config: DistillConfig, wanted: Prompts | None =
 
 
 def condition_of(
-    teacher: Teacher, config: DistillConfig, class_label: int | None = None, prompts: Prompts | None = None
+    teacher: Teacher,
+    config: DistillConfig,
+    class_label: int | None = None,
+    prompts: Prompts | None = None,
+    guidance_scale: float | None = None,
 ) -> CondOf:
     """The conditions of images by their seeds: the class that is asked for, or all of the run in turn.
 
@@ -113,9 +168,12 @@ def condition_of(
         config: of the run.
         class_label: of all of them.
         prompts: that they take in turn; None: those of the run.
+        guidance_scale: w of all of them, for a student that takes one; None: the middle of its range.
 
-    Raises `UsageError` for a request that the teacher cannot honour, or a class that the run left out.
+    Raises `UsageError` for a request that the teacher cannot honour, a class that the run left out, or a w that the
+    student does not take (`sampling_scale`).
     """
+    scale = sampling_scale(config, guidance_scale)
     _check_requests(teacher, config)
     kind = teacher.spec.conditioning
     if class_label is not None and kind != "class":
@@ -123,8 +181,9 @@ def condition_of(
     if class_label is not None and config.classes is not None and class_label not in config.classes:
         raise UsageError(f"--class {class_label} was not distilled.", f"This run has: {list(config.classes)}")
     if (prompts := prompts_of(teacher, config, prompts)) is not None:  # only what is drawn is encoded
-        return lambda seeds: of_prompts(teacher, config, map(prompts.in_turn, seeds))
-    return in_turn(class_pool(teacher, config) if class_label is None else teacher.condition([class_label]))
+        return guided_by(lambda seeds: of_prompts(teacher, config, map(prompts.in_turn, seeds)), scale)
+    pool = class_pool(teacher, config) if class_label is None else teacher.condition([class_label])
+    return guided_by(in_turn(pool), scale)
 
 
 def seed_of(prompts: Prompts | None) -> SeedOf:
@@ -145,6 +204,13 @@ def request_of(
 def in_turn(pool: Conditions) -> CondOf:
     """The conditions of a pool, one after the other, by the seed."""
     return lambda seeds: pool.rows(torch.tensor(list(seeds)) % len(pool))
+
+
+def guided_by(cond_of: CondOf, scale: float | None) -> CondOf:
+    """The same conditions, each with that w; without one where there is none."""
+    if scale is None:
+        return cond_of
+    return lambda seeds: dataclasses.replace(cond_of(seeds), guidance=torch.full((len(seeds),), scale))
 
 
 def labels_of(teacher: Teacher, config: DistillConfig, words: Sequence[str] = ()) -> Callable[[Sequence[int]], Tensor]:
@@ -173,7 +239,7 @@ def of_prompts(teacher: Teacher, config: DistillConfig, requests: Iterable[Promp
     """What prompts condition a text teacher on, with negative ones where any has its own; encoded here and now."""
     prompts = list(requests)
     cond = teacher.condition([prompt.text for prompt in prompts])
-    if config.guidance_scale == 1.0 or all(prompt.negative is None for prompt in prompts):
+    if not config.guided or all(prompt.negative is None for prompt in prompts):
         return cond
     wanted = [config.negative_prompt if prompt.negative is None else prompt.negative for prompt in prompts]
     places = {text: place for place, text in enumerate(dict.fromkeys(wanted))}  # most are the same: encoded once
@@ -202,13 +268,15 @@ def set_up(
     _check_requests(teacher, config)
     texts, negative = None, None
     if (wanted := prompts_of(teacher, config, prompts)) is not None:
-        texts = PromptPool(teacher, wanted, config.negative_prompt, guided=config.guidance_scale != 1.0)
+        texts = PromptPool(teacher, wanted, config.negative_prompt, guided=config.guided)
         negative = texts.negative()
     pool: Conditions = class_pool(teacher, config) if texts is None else texts
-    view = teacher_view(teacher, config, engine, negative)
+    shown = guided_by(in_turn(pool), sampling_scale(config, None))
+    view = teacher_view(teacher, config, engine, negative=negative)
     t_max = start_time(teacher, config)
     config = without_auto(teacher, config, engine)
     beside = adversary_beside(config)
+    check_lora(config)
     check_memory(config)
     features = Features(teacher) if beside else None  # before a LoRA goes into the teacher's modules
     student, critic = make_networks(teacher, config, engine)
@@ -217,7 +285,7 @@ def set_up(
     if fresh and config.init_from is not None:
         _start_from(student, Path(config.init_from))
     elif fresh:
-        start(student, view, pool, t_max, config, engine)
+        start(student, view, shown, t_max, config, engine)
     adversary, judge = None, None
     if beside and features is not None:
         balance = (config.kd if beside == "prediction" else config.replay).adversary
@@ -236,11 +304,13 @@ def set_up(
     if config.memory.offload_teacher:
         offload = engine.offload(teacher.net)
         student.net.register_forward_pre_hook(lambda module, args: offload() if torch.is_grad_enabled() else None)
-    objective = make_objective(config, view, pool, t_max)
-    replay = KD(config.replay, power, view, config.student.t_min, t_max, pool) if config.replay.share else None
+    drawn = pool if config.guidance_range is None else GuidedPool(pool, *config.guidance_range)
+    objective = make_objective(config, view, drawn, t_max)
+    replay = KD(config.replay, power, view, config.student.t_min, t_max, drawn) if config.replay.share else None
     return Distillation(
         view=view,
-        conditions=pool,
+        shown=shown,
+        conditions=drawn,
         prompts=texts,
         student=student,
         objective=objective,
@@ -266,8 +336,20 @@ def facts_of(work: Distillation, origin: str, engine: Engine) -> dict[str, str]:
         "samples": "x".join(str(n) for n in spec.sample_shape),
         "student": f"{lora}{parameters / 1e6:.2f}M parameters, {config.student.head} head",
         "objective": f"{config.objective}, t from {work.t_max:.3f} to {config.student.t_min:.3f}",
+        **({"guidance": guidance_of(config)} if config.guided else {}),
         "device": f"{engine.device}, mixed precision {engine.mixed_precision}",
     }
+
+
+def guidance_of(config: DistillConfig) -> str:
+    """How a guided run's teacher is guided, in words."""
+    guidance, (low, high) = config.guidance, config.guidance.interval
+    if config.guidance_range is None:
+        words = f"w = {config.guidance_scale:g}"
+    else:
+        words = "w from {:g} to {:g}, which the student takes".format(*config.guidance_range)
+    words += f", rescaled by {guidance.rescale:g}" if guidance.rescale else ""
+    return words + (f", at noise levels {low:g} to {high:g}" if (low, high) != (0, 1) else "")
 
 
 def without_auto(teacher: Teacher, config: DistillConfig, engine: Engine) -> DistillConfig:
@@ -335,7 +417,7 @@ def start_time(teacher: Teacher, config: DistillConfig) -> float:
 
 @torch.no_grad()
 def start(
-    student: Student, view: TeacherView, pool: Conditions, t_max: float, config: DistillConfig, engine: Engine
+    student: Student, view: TeacherView, shown: CondOf, t_max: float, config: DistillConfig, engine: Engine
 ) -> None:
     """Start an ``x0`` head near the teacher's mean x_0 at the start of the path, per channel, measured on 64 noises;
     and with the features of the time that the configuration says."""
@@ -344,7 +426,7 @@ def start(
     if student.head == "native" and start_t == 1.0:
         return
     eps = prior_noise(range(config.seed, config.seed + 64), view.teacher.spec.sample_shape).to(engine.device)
-    cond = pool.rows(torch.arange(64) % len(pool)).to(engine.device)
+    cond = shown(range(64)).to(engine.device)
     if student.head == "x0":
         t = torch.full((64,), t_max, dtype=torch.float64)
         student.start_at(view.x0(like(view.schedule(t).sigma, eps) * eps, t, cond).mean((0, 2, 3)))
@@ -367,6 +449,10 @@ def _start_from(student: Student, run: Path) -> None:
         return
     if source.head != student.head:
         raise UsageError(f"--init-from {run}: its head is {source.head}, this run's is {student.head}.")
+    if (source.guidance_range is None) != (student.guidance_range is None):
+        built_in, takes = "has w built in", "takes w as an input"
+        its, own = (built_in, takes) if source.guidance_range is None else (takes, built_in)
+        raise UsageError(f"--init-from {run}: its student {its}, and this run's {own}.")
     try:
         student.load_state_dict(source.state_dict())
     except RuntimeError as error:

@@ -76,6 +76,7 @@ def save_student(
         "teacher": student.teacher.config(),
         "head": student.head,
         "t_min": student.t_min,
+        "guidance_range": student.guidance_range,
         "config": to_dict(config),
         "step": step,
     }
@@ -105,14 +106,14 @@ def load_student(run: Path) -> Artifact:
     if header.get("format") != FORMAT:
         raise BootError(f"{path} has format {header.get('format')}; this version reads {FORMAT}.", "Update bootcli.")
     try:
-        family = family_named(str(header["family"]))
+        family = str(header["family"])
         config = from_other_version(cast(Mapping[str, object], header["config"]))
-        lora = _read_lora(header["lora"]) if "lora" in header else None
-        teacher = family.build(cast(Mapping[str, object], header["teacher"])) if lora is None else _base(lora, config)
-        if header["head"] not in get_args(Head):
-            raise ValueError(f"unknown head {header['head']!r}")
-        adapter = None if lora is None else Lora(teacher, "student", lora.rank, lora.base, lora.targets)
-        student = Student(teacher, cast(Head, header["head"]), float(cast(float, header["t_min"])), adapter)
+        lora, teacher, adapter = None, None, None
+        if "lora" in header:
+            lora = _read_lora(header["lora"])
+            teacher = _base(lora, config)
+            adapter = Lora(teacher, "student", lora.rank, lora.base, lora.targets)
+        student = build_student(header, teacher, adapter)
         student.load_state_dict(tensors)
         if adapter is not None:
             lora = adapter.exported({name: t.clone() for name, t in adapter.state_dict().items()})
@@ -123,11 +124,32 @@ def load_student(run: Path) -> Artifact:
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BootError(f"{path} does not describe a student: {error}.", "Make it again.") from error
     student = student.eval().requires_grad_(False).to(torch.device("cpu"))
-    artifact = Artifact(student, config, family.name, step, path, lora)
+    artifact = Artifact(student, config, family, step, path, lora)
     kept = RunDir(artifact.home).prompts
     if not kept.is_file():
         return artifact
     return dataclasses.replace(artifact, config=dataclasses.replace(config, prompts=str(kept)))
+
+
+def build_student(header: Mapping[str, object], teacher: Teacher | None = None, lora: Lora | None = None) -> Student:
+    """The student that a file's header describes, with untrained weights.
+
+    Args:
+        header: of the file.
+        teacher: that the student is a LoRA on; None: one of the family without weights.
+        lora: in that teacher.
+
+    Raises `UsageError` for an unknown family, and other errors for a header that is no such thing.
+    """
+    if teacher is None:
+        teacher = family_named(str(header["family"])).build(cast(Mapping[str, object], header["teacher"]))
+    if header["head"] not in get_args(Head):
+        raise ValueError(f"unknown head {header['head']!r}")
+    limits = header.get("guidance_range")
+    if limits is not None:
+        low, high = cast(list[float], limits)
+        limits = float(low), float(high)
+    return Student(teacher, cast(Head, header["head"]), float(cast(float, header["t_min"])), lora, limits)
 
 
 def _read_lora(stored: object) -> LoraWeights:
@@ -155,4 +177,6 @@ def _base(lora: LoraWeights, config: DistillConfig) -> Teacher:
         )
     teacher.net.requires_grad_(False)
     teacher.use_clock(config.clock)
+    if config.resolution is not None:
+        teacher.use_resolution(*config.resolution)
     return teacher

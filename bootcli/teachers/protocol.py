@@ -29,10 +29,13 @@ class Cond:
     Args:
         tensors: by name; their first dimension is the batch. Empty: unconditional.
         negative: what guidance leads away from, one row for each; None: the same for all, which the run says.
+        guidance: w of each, shape (b,), float32; None: the same for all, which the run says. Only a network with a
+            guidance input (`Teacher.add_guidance_input`) reads it.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     negative: Cond | None = None
+    guidance: Tensor | None = None
 
     def __len__(self) -> int:
         """The number of conditions; an unconditional teacher has one, which is empty."""
@@ -41,16 +44,23 @@ class Cond:
     def rows(self, index: Tensor) -> Cond:
         """The conditions at ``index``, shape (b,)."""
         negative = None if self.negative is None else self.negative.rows(index)
-        return Cond({name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}, negative)
+        guidance = None if self.guidance is None else self.guidance[index.to(self.guidance.device)]
+        tensors = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
+        return Cond(tensors, negative, guidance)
 
     def to(self, device: torch.device) -> Cond:
         """The same on another device."""
         negative = None if self.negative is None else self.negative.to(device)
-        return Cond({name: tensor.to(device) for name, tensor in self.tensors.items()}, negative)
+        guidance = None if self.guidance is None else self.guidance.to(device)
+        return Cond({name: tensor.to(device) for name, tensor in self.tensors.items()}, negative, guidance)
 
     def then(self, other: Cond) -> Cond:
-        """Both batches, one after the other; of the network's alone, not of guidance's."""
-        return Cond({name: torch.cat([tensor, other.tensors[name]]) for name, tensor in self.tensors.items()})
+        """Both batches, one after the other: what a network reads, so without what guidance leads away from, and with
+        w where both have one."""
+        tensors = {name: torch.cat([tensor, other.tensors[name]]) for name, tensor in self.tensors.items()}
+        if self.guidance is None or other.guidance is None:
+            return Cond(tensors)
+        return Cond(tensors, guidance=torch.cat([self.guidance, other.guidance]))
 
 
 @dataclass(frozen=True)
@@ -137,10 +147,13 @@ class Exporter:
             OUTPUTS, a safetensors file with ``sample`` (b, c, h, w): what the student makes of that noise, before
             decoding and clamping; and, if the program has a whole pipeline, ``images`` (b, 1 or 3, H, W) in [-1, 1]
             as that pipeline gives them with seed 0.
+        takes_guidance: whether the format has a place for the guidance scale of a student that takes one. INPUTS then
+            has ``guidance`` too, w of each sample (b,). Other formats are refused to such a student.
     """
 
     write: Callable[[Teacher, nn.Module, Head, Path], None]
     check: Path
+    takes_guidance: bool = False
 
 
 @dataclass(frozen=True)
@@ -256,6 +269,19 @@ class Teacher(ABC):
         ``net`` makes of a sample at several scales. An adversary looks at these; those of the encoder are the
         cheapest, since nothing after the last one runs. Empty: none known."""
         return ()
+
+    def add_guidance_input(self, net: nn.Module, guidance_range: tuple[float, float]) -> None:
+        """Give ``net``, a copy of ``self.net``, an input for the guidance scale, without effect before it is trained:
+        `predict` of that net then reads ``cond.guidance``. Raises `UsageError` where there is no place for one.
+
+        Args:
+            net: the student's or a critic's.
+            guidance_range: least and greatest w that it will be given.
+        """
+        raise UsageError(
+            "--guidance-range: the networks of this teacher's family have no input for a guidance scale.",
+            "Build one into the student, with --guidance-scale 3 for example.",
+        )
 
     def enable_gradient_checkpointing(self, net: nn.Module, function: Callable[..., Any] | None = None) -> None:
         """Make ``net`` trade compute for memory where there are gradients, or say that it cannot.

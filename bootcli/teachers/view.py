@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,11 @@ class TeacherView:
         guidance_scale: w; 1 is no guidance.
         negative: the condition of the unconditional branch, one row; needed where w is not 1.
         interval: levels ``sigma / (alpha + sigma)`` at which it is guided (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+        rescale: see `bootcli.maths.guidance.guide`.
+        one_batch: both branches in one call of the network, or one after the other.
+        levels: of w, that the numbers of conditions carry (`bootcli.guided_pool`); 1: none, w is the same for all.
+
+    A condition that says w is guided by that instead, where there is guidance.
     """
 
     def __init__(
@@ -28,6 +35,10 @@ class TeacherView:
         guidance_scale: float = 1.0,
         negative: Cond | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
+        *,
+        rescale: float = 0.0,
+        one_batch: bool = True,
+        levels: int = 1,
     ) -> None:
         if guidance_scale != 1.0 and negative is None:
             raise ValueError("guidance needs the condition of the unconditional branch")
@@ -35,10 +46,15 @@ class TeacherView:
         self.guidance_scale = guidance_scale
         self.negative = negative
         self.interval = interval
+        self.rescale = rescale
+        self.one_batch = one_batch
+        self.levels = levels
 
     def within(self, interval: tuple[float, float]) -> TeacherView:
-        """The same teacher, guided at the noise levels of ``interval`` only."""
-        return TeacherView(self.teacher, self.guidance_scale, self.negative, interval)
+        """The same teacher, guided only at those of its noise levels that are in ``interval`` too."""
+        view = copy.copy(self)
+        view.interval = max(self.interval[0], interval[0]), min(self.interval[1], interval[1])
+        return view
 
     @property
     def schedule(self) -> Schedule:
@@ -53,17 +69,26 @@ class TeacherView:
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """`x0`, with a gradient for x_t where that asks for one."""
         spec, teacher = self.teacher.spec, self.teacher
-        if self.guidance_scale == 1.0 or self.negative is None:
+        if self.negative is None:
             prediction = teacher.predict(teacher.net, x_t, t, cond)
         else:
             negative = cond.negative
             if negative is None:
                 negative = self.negative.rows(torch.zeros(len(x_t), dtype=torch.long))
-            both = teacher.predict(teacher.net, torch.cat([x_t, x_t]), torch.cat([t, t]), cond.then(negative))
-            conditional, unconditional = both.chunk(2)
-            guided = guide(conditional, unconditional, self.guidance_scale)
+            conditional, unconditional = self._branches(x_t, t, cond, negative)
+            scale = self.guidance_scale if cond.guidance is None else cond.guidance
+            guided = guide(conditional, unconditional, scale, self.rescale)
             prediction = torch.where(like(self._inside(t), guided) > 0, guided, conditional)
         return spec.threshold(to_x0(spec.prediction, prediction, x_t.float(), spec.schedule(t)))
+
+    def _branches(self, x_t: Tensor, t: Tensor, cond: Cond, negative: Cond) -> tuple[Tensor, Tensor]:
+        """The raw predictions with and without the condition, each (b, ...)."""
+        predict, net = self.teacher.predict, self.teacher.net
+        if not self.one_batch:
+            return predict(net, x_t, t, cond), predict(net, x_t, t, negative)
+        both = predict(net, torch.cat([x_t, x_t]), torch.cat([t, t]), cond.then(negative))
+        conditional, unconditional = both.chunk(2)
+        return conditional, unconditional
 
     def _inside(self, t: Tensor) -> Tensor:
         """1 where t lies in the guidance interval, else 0; (b,), float64."""

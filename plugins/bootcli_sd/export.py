@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from torch import nn
 
 from bootcli.plugin import BootError, Head, LoraWeights, Teacher
-from bootcli_sd.teacher import SDTeacher
+from bootcli_sd.teacher import GuidanceInput, SDTeacher
 
 _CARD = """\
 ---
@@ -20,16 +20,15 @@ _CARD = """\
 # A one-step text-to-image model
 
 This model makes an image from noise and a prompt in **one** call of its network. It was distilled with bootcli from
-{teacher}, without any training images. Guidance is part of it: leave the guidance scale at 1.
+{teacher}, without any training images. {guidance}
 
 ```python
 import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
-image = pipeline(
-    "a red fox in snow", {size}num_inference_steps=1, guidance_scale=1, generator=torch.manual_seed(0)
-).images[0]
+prompt, generator = "a red fox in snow", torch.manual_seed(0)
+image = pipeline(prompt, {size}num_inference_steps=1, guidance_scale={scale:g}, generator=generator).images[0]
 image.save("sample.png")
 ```
 """
@@ -74,7 +73,7 @@ def write_diffusers(teacher: Teacher, net: nn.Module, head: Head, folder: Path) 
         nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipeline = StableDiffusionPipeline(**parts, **nothing)
     pipeline.save_pretrained(folder, safe_serialization=True)
-    (folder / "README.md").write_text(_CARD.format(**_card(teacher)), encoding="utf-8")
+    (folder / "README.md").write_text(_CARD.format(**_card(teacher), **_guidance(net)), encoding="utf-8")
 
 
 def write_lora(teacher: Teacher, lora: LoraWeights, folder: Path) -> None:
@@ -112,3 +111,11 @@ def _card(teacher: SDTeacher, *tags: str) -> dict[str, Any]:
     # Of these two pipelines the larger one does not know a size of its own that is no square.
     size = f"height={height}, width={width}, " if len(teacher.text.pairs) > 1 and height != width else ""
     return {"front_matter": data.to_yaml(), "teacher": named, "size": size}
+
+
+def _guidance(net: UNet2DConditionModel) -> dict[str, Any]:
+    """What the user is told of guidance, and a scale to begin with."""
+    if not isinstance(given := net.time_embedding.cond_proj, GuidanceInput):
+        return {"guidance": "Guidance is part of it: leave the guidance scale at 1.", "scale": 1.0}
+    low, high = given.limits
+    return {"guidance": f"It takes a guidance scale from {low:g} to {high:g}.", "scale": (low + high) / 2}

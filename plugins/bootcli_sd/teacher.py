@@ -38,6 +38,8 @@ UNIT = 8
 """Pixels of which diffusers' pipelines draw multiples."""
 DECODED = 4
 """Latents decoded at a time."""
+GUIDANCE_WIDTH = 256
+"""Numbers that a guidance scale is embedded as, in students that take one; as latent consistency models have it."""
 
 
 class SDTeacher(Teacher):
@@ -85,8 +87,17 @@ class SDTeacher(Teacher):
         added = None
         if "pooled" in cond.tensors:
             added = {"text_embeds": cond.tensors["pooled"].to(parameter.dtype), "time_ids": self._sizes(x_t)}
+        guidance = None
+        if net.get_submodule("time_embedding").cond_proj is not None:
+            assert cond.guidance is not None, "a network with a guidance input needs w"
+            guidance = embed_guidance(cond.guidance).to(parameter.dtype)
         output: Tensor = net(
-            x_t.to(parameter.dtype), timestep, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False
+            x_t.to(parameter.dtype),
+            timestep,
+            timestep_cond=guidance,
+            encoder_hidden_states=text,
+            added_cond_kwargs=added,
+            return_dict=False,
         )[0]
         return output
 
@@ -236,6 +247,12 @@ class SDTeacher(Teacher):
         blocks = [*net.get_submodule("down_blocks").children(), net.get_submodule("mid_block")]
         return tuple(list(block.get_submodule("resnets").children())[-1] for block in blocks)
 
+    def add_guidance_input(self, net: nn.Module, guidance_range: tuple[float, float]) -> None:
+        """diffusers' ``time_cond_proj_dim``; see `GuidanceInput` and `Teacher.add_guidance_input`."""
+        assert isinstance(net, UNet2DConditionModel)
+        net.time_embedding.cond_proj = GuidanceInput(net.time_embedding.linear_1.in_features, guidance_range)
+        net.register_to_config(time_cond_proj_dim=GUIDANCE_WIDTH)
+
     def enable_gradient_checkpointing(self, net: nn.Module, function: Callable[..., Any] | None = None) -> None:
         """diffusers' own, block by block."""
         assert isinstance(net, UNet2DConditionModel)
@@ -245,7 +262,8 @@ class SDTeacher(Teacher):
         """``diffusers``: a `StableDiffusionPipeline` folder that samples in one step."""
         from bootcli_sd.export import write_diffusers
 
-        return {"diffusers": Exporter(write_diffusers, Path(__file__).with_name("check_diffusers.py"))}
+        check = Path(__file__).with_name("check_diffusers.py")
+        return {"diffusers": Exporter(write_diffusers, check, takes_guidance=True)}
 
     def lora_formats(self) -> Mapping[str, LoraExporter]:
         """``lora``: what `load_lora_weights` of diffusers' pipelines reads, and a scheduler of one step."""
@@ -266,9 +284,36 @@ class SDTeacher(Teacher):
             **({"single file": self.kind} if self.kind else {}),
             "architecture": f"UNet2DConditionModel, {count / 1e6:.1f}M parameters",
             "schedule": self.process.summary,
+            "guidance": "built into the student, or a range of w that it takes (--guidance-range)",
             "images": f"{height * self.pixels}x{width * self.pixels} pixels, from {height}x{width} latents",
         }
         return self.card | facts
+
+
+class GuidanceInput(nn.Linear):
+    """Where w enters the time embedding of a student's UNet, named ``cond_proj`` there: zero at first.
+
+    Args:
+        channels: of the time features that it is added to.
+        limits: least and greatest w that the student is given.
+    """
+
+    def __init__(self, channels: int, limits: tuple[float, float]) -> None:
+        super().__init__(GUIDANCE_WIDTH, channels, bias=False)
+        nn.init.zeros_(self.weight)
+        self.limits = limits
+
+
+def embed_guidance(guidance: Tensor) -> Tensor:
+    """Sines and cosines (b, `GUIDANCE_WIDTH`) of ``1000 (w - 1)`` for w (b,), at frequencies from 1 down to 1e-4.
+
+    It is what diffusers' `StableDiffusionPipeline.get_guidance_scale_embedding` makes of w - 1, but on any device.
+    """
+    half = GUIDANCE_WIDTH // 2
+    ladder = torch.arange(half, dtype=torch.float32, device=guidance.device)
+    frequencies = torch.exp(ladder * -(torch.tensor(10000.0).log() / (half - 1)).item())
+    angles = (1000 * (guidance.float() - 1))[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def load(path: Path) -> SDTeacher:
@@ -326,6 +371,11 @@ def _check_network(config: Any, layout: Layout) -> None:
         raise BootError(
             f"The network draws {config.in_channels} channels, its autoencoder knows {latents}.",
             "unet/ and vae/ come from different models.",
+        )
+    if config.time_cond_proj_dim is not None:
+        raise BootError(
+            "The network takes the guidance scale as an input: it is a student itself (a latent consistency model).",
+            "Distil the model that it was made from.",
         )
     wanted = 2 if config.addition_embed_type == "text_time" else 1 if config.addition_embed_type is None else 0
     if wanted != len(layout.encoders) or config.class_embed_type or config.encoder_hid_dim:

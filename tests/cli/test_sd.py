@@ -150,3 +150,37 @@ def test_without_a_network_the_way_out_is_said_at_once(cli: Cli) -> None:
     said = " ".join(done.stderr.split())
     assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in said
     assert "--teacher ./stable-diffusion-v1-5" in said
+
+
+def test_a_student_that_takes_w(cli: Cli, tiny_sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red shoe\na green coat\n")
+    flags = ["--teacher", str(tiny_sd), "--prompts", "prompts.txt", "--guidance-range", "1.5,6", "--output", "run"]
+    quick = ["--learning-rate", "0.05", "--set", "optimizer.warmup_steps=1", "--set", "guidance.rescale=0.5"]
+    done = cli("distill", *flags, *FEW, *quick)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["guidance_range"], config["guidance_scale"]) == ([1.5, 6.0], 1.0)
+    assert config["guidance"] == {"rescale": 0.5, "interval": [0.0, 1.0], "one_batch": True}
+    done = cli("sample", "run", "-n", "2", "--guidance-scale", "6")
+    assert done.returncode == 0, done.stderr
+    assert "w = 6" in done.stdout
+    with Image.open(tmp_path / "run" / "samples" / "guidance-6" / "000001.png") as image:
+        assert image.text["guidance_scale"] == "6.0"  # type: ignore[attr-defined]
+    done = cli("export", "run", "--format", "diffusers")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--guidance-range", "2,8", "--guidance-scale", "1"], "--guidance-scale is one w, --guidance-range many"),
+        (["--guidance-range", "2,8", "--set", "guidance_scale=3"], "--guidance-scale 3 is one w"),
+        (["--guidance-range", "2"], "expected two numbers"),
+        (["--guidance-range", "8,2"], "does not rise"),
+    ],
+)
+def test_guidance_that_cannot_be(cli: Cli, tiny_sd: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    done = cli("distill", "--teacher", str(tiny_sd), "--output", "run", *FEW, *words)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+    assert not (tmp_path / "run").exists()
