@@ -21,7 +21,8 @@ def main(folder: str, inputs: str, outputs: str, base: str) -> None:
     pipeline.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
     prompts = {"prompt_embeds": text} | ({} if pooled is None else {"pooled_prompt_embeds": pooled})
-    once = {"num_inference_steps": 1, "guidance_scale": 1, "height": None, "width": None}
+    height, width = (side * pipeline.vae_scale_factor for side in noise.shape[2:])  # not always the teacher's own
+    once = {"num_inference_steps": 1, "guidance_scale": 1, "height": height, "width": width}
     latents = pipeline(**prompts, **once, latents=noise, output_type="latent").images
     generator = torch.manual_seed(0)  # draws the given noise again
     images = pipeline(**prompts, **once, generator=generator, output_type="np").images

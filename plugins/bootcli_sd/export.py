@@ -50,7 +50,8 @@ from diffusers import {scheduler}, DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("{source}")
 pipeline.load_lora_weights("path/to/this/folder")
 pipeline.scheduler = {scheduler}.from_pretrained("path/to/this/folder", subfolder="scheduler")
-image = pipeline("a red fox in snow", num_inference_steps=1, guidance_scale=1, generator=torch.manual_seed(0)).images[0]
+prompt, generator = "a red fox in snow", torch.manual_seed(0)
+image = pipeline(prompt, {size}num_inference_steps=1, guidance_scale=1, generator=generator).images[0]
 image.save("sample.png")
 ```
 """
@@ -91,6 +92,7 @@ def write_lora(teacher: Teacher, lora: LoraWeights, folder: Path) -> None:
     scheduler = teacher.process.one_step(predicts_sample=False)  # a LoRA keeps its teacher's prediction type
     scheduler.save_pretrained(folder / "scheduler")
     facts = _card(teacher, "lora") | {"rank": lora.rank, "scheduler": type(scheduler).__name__}
+    facts["size"] = _size(teacher)  # the teacher that it is loaded onto may have another of its own
     source = teacher.describe().get("source", "path/to/the/teacher")
     (folder / "README.md").write_text(_LORA_CARD.format(**facts, source=source), encoding="utf-8")
 
@@ -107,10 +109,16 @@ def _card(teacher: SDTeacher, *tags: str) -> dict[str, Any]:
     )
     source = card.get("source")
     named = f"[{source}](https://huggingface.co/{source})" if source else f"`{teacher.home.name}`"
-    _, height, width = (side * teacher.pixels for side in teacher.spec.sample_shape)
+    _, height, width = teacher.spec.sample_shape
     # Of these two pipelines the larger one does not know a size of its own that is no square.
-    size = f"height={height}, width={width}, " if len(teacher.text.pairs) > 1 and height != width else ""
+    size = _size(teacher) if len(teacher.text.pairs) > 1 and height != width else ""
     return {"front_matter": data.to_yaml(), "teacher": named, "size": size}
+
+
+def _size(teacher: SDTeacher) -> str:
+    """The size of images, as arguments of a pipeline."""
+    _, height, width = (side * teacher.pixels for side in teacher.spec.sample_shape)
+    return f"height={height}, width={width}, "
 
 
 def _guidance(net: UNet2DConditionModel) -> dict[str, Any]:

@@ -129,6 +129,23 @@ def test_images_of_a_w(make_folder: MakeFolder, tmp_path: Path) -> None:
             of(run, num_images=2, device="cpu", guidance_scale=7.0)
 
 
+def test_a_run_of_prompts_is_asked_for_everything(make_folder: MakeFolder, tmp_path: Path) -> None:
+    """Prompts with seeds and negative ones of their own, a size, and a w: each request has a folder of its own."""
+    lines = ['{"prompt": "a red shoe", "seed": 5}', '{"prompt": "a coat", "negative_prompt": "blue"}']
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    own = {"prompts": str(tmp_path / "own.jsonl"), "resolution": (24, 16), "preview_every": 2}
+    run = run_of(make_folder(), tmp_path / "run", **own)
+    asked = {"prompts": Prompts([Prompt("a hat")]), "resolution": (16, 16), "guidance_scale": 2.5, "device": "cpu"}
+    drawn = [sample(run, **asked, teacher_steps=steps) for steps in (None, 2)]  # type: ignore[arg-type]
+    folders = [str(each.output.relative_to(run / "samples")) for each in drawn]
+    assert folders[0].startswith("16x16/guidance-2.5/a-hat-")
+    assert folders[1] == f"teacher-2-steps/{folders[0]}"
+    with Image.open(drawn[0].files[0]) as image:
+        assert image.size == (16, 16)
+        assert image.text["guidance_scale"] == "2.5"  # type: ignore[attr-defined]
+    assert export(run, format="diffusers").max_abs_difference < 1e-4
+
+
 def test_what_a_run_will_do_is_shown(make_folder: MakeFolder, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red shoe\n")
     settings = {"teacher": str(make_folder()), "prompts": str(tmp_path / "prompts.txt"), "batch_size": 4}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -85,6 +86,18 @@ def test_it_is_an_ordinary_student_once_loaded(make_folder: MakeFolder, go: Any,
         shutil.rmtree(folder)
         with pytest.raises(BootError, match="cannot be loaded"):
             load_student(run)
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_a_lora_keeps_the_size_of_its_run(make_folder: MakeFolder, go: Any, xl: bool) -> None:
+    run = go("run", make_folder(xl=xl), **{"student.lora_rank": 2, "learning_rate": 1e-2, "resolution": (24, 16)})
+    (file,) = sample(run, num_images=1, device="cpu").files
+    with Image.open(file) as image:
+        assert image.size == (24, 16)
+    for name in ("lora", "diffusers"):
+        made = export(run, format=name)
+        assert made.max_abs_difference < 1e-4
+    assert "height=16, width=24" in (run / "export" / "lora" / "README.md").read_text()
 
 
 def test_what_a_lora_begins_from(make_folder: MakeFolder, go: Any, tmp_path: Path) -> None:
