@@ -13,7 +13,6 @@ from bootcli.companion import Companion
 from bootcli.config import DistillConfig
 from bootcli.critic import Critic
 from bootcli.errors import UsageError
-from bootcli.guided_pool import GuidedPool
 from bootcli.judge import Judge
 from bootcli.objectives.adversary import Adversary, AdversaryDraw
 from bootcli.objectives.base import Objective, Terms
@@ -21,6 +20,7 @@ from bootcli.objectives.corrector import Corrector, CorrectorDraw
 from bootcli.objectives.kd import KD, KDDraw
 from bootcli.objectives.refiner import Refiner, RefinerDraw
 from bootcli.student import Student
+from bootcli.teachers.guided_pool import GuidedPool
 from bootcli.teachers.protocol import Cond
 
 

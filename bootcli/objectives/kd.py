@@ -15,10 +15,10 @@ from torch import Tensor
 
 from bootcli.config import PathsConfig
 from bootcli.engine import Engine
-from bootcli.guided_pool import GuidedPool
 from bootcli.maths.signal_ode import solve
 from bootcli.objectives.base import Ends, Objective, Terms, adaptive, conditions, path_start
 from bootcli.student import Student
+from bootcli.teachers.guided_pool import GuidedPool
 from bootcli.teachers.protocol import Cond
 from bootcli.teachers.view import TeacherView
 
