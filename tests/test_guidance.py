@@ -23,7 +23,6 @@ from bootcli.critic import Critic
 from bootcli.deck import Deck
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
-from bootcli.guided_pool import LEVELS, GuidedPool
 from bootcli.maths.schedule import vp_table
 from bootcli.memory import need_of, switches
 from bootcli.objectives.base import conditions
@@ -32,6 +31,7 @@ from bootcli.objectives.kd import KD
 from bootcli.pipelines.setup import condition_of, sampling_scale, set_up, teacher_view
 from bootcli.sampler import prior_noise, reference_calls, teacher_endpoint
 from bootcli.student import Student
+from bootcli.teachers.guided_pool import LEVELS, GuidedPool
 from bootcli.teachers.protocol import Cond
 from bootcli.teachers.view import TeacherView
 from bootcli.trainer import Trainer

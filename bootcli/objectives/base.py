@@ -230,6 +230,6 @@ def stratified(generator: torch.Generator, n: int, low: float, high: float, powe
 
 
 def conditions(generator: torch.Generator, n: int, pool: Pool, levels: int = 1) -> Tensor:
-    """n indices into a pool of conditions, (n,), int64; above 1 level each carries one (`bootcli.guided_pool`)."""
+    """n indices into a pool of conditions, (n,), int64; above 1 level each carries one, as those of a `GuidedPool`."""
     rows = pool.take(n) if isinstance(pool, Deck) else torch.randint(pool, (n,), generator=generator)
     return rows if levels == 1 else rows * levels + torch.randint(levels, (n,), generator=generator)

@@ -17,7 +17,6 @@ from bootcli.conditions import PromptPool
 from bootcli.config import DistillConfig, GuidanceConfig
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
-from bootcli.guided_pool import LEVELS, GuidedPool
 from bootcli.judge import Features, make_judge
 from bootcli.maths.broadcast import like
 from bootcli.objectives.adversary import Adversary
@@ -32,6 +31,7 @@ from bootcli.prompts import Prompt, Prompts, read_prompts
 from bootcli.sampler import CondOf, SeedOf, prior_noise
 from bootcli.store.artifact import load_student
 from bootcli.student import Student
+from bootcli.teachers.guided_pool import LEVELS, GuidedPool
 from bootcli.teachers.protocol import Cond, Teacher
 from bootcli.teachers.view import TeacherView
 

@@ -24,7 +24,7 @@ class TeacherView:
         interval: levels ``sigma / (alpha + sigma)`` at which it is guided (Kynkäänniemi et al. 2024, arXiv 2404.07724).
         rescale: see `bootcli.maths.guidance.guide`.
         one_batch: both branches in one call of the network, or one after the other.
-        levels: of w, that the numbers of conditions carry (`bootcli.guided_pool`); 1: none, w is the same for all.
+        levels: of w, that numbers of conditions carry (`bootcli.teachers.guided_pool`); 1: none, w is the same for all.
 
     A condition that says w is guided by that instead, where there is guidance.
     """
