@@ -8,6 +8,7 @@ row twice.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -99,7 +100,7 @@ class Embeddings:
         if not self._table or any(kinds[name] == "F32" and self._table[name].dtype != np.float32 for name in made):
             self._make({name: (kinds[name], tensor.shape[1:]) for name, tensor in made.items()})
         for name, tensor in made.items():
-            rows = tensor.numpy().astype(self._table[name].dtype)
+            rows = (tensor.float() if tensor.is_floating_point() else tensor).numpy().astype(self._table[name].dtype)
             for number, row in zip(numbers, rows, strict=True):
                 self._write(name, number * row.nbytes, row.tobytes())
         assert self._file is not None
@@ -113,7 +114,8 @@ class Embeddings:
         """By the file and not by the map: a full disk is an error then, and not the end of the process."""
         assert self._file is not None
         self._file.seek(self._offsets[name] + place)
-        self._file.write(content)
+        if self._file.write(content) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
     def _make(self, rows: Mapping[str, tuple[str, Sequence[int]]]) -> None:
         """A file without a row, for rows of these types and shapes; if another run was faster, its file is taken."""

@@ -79,7 +79,8 @@ class TextEncoder:
     def too_long(self, prompts: Sequence[str]) -> list[int]:
         """See `Teacher.too_long`."""
         _, words = self.pairs[0]
-        return [i for i, prompt in enumerate(prompts) if len(words(prompt).input_ids) > words.model_max_length]
+        tokens = words(list(prompts), verbose=False).input_ids
+        return [i for i, each in enumerate(tokens) if len(each) > words.model_max_length]
 
     def _encode(self, prompts: Sequence[str | None]) -> dict[str, Tensor]:
         texts = ["" if prompt is None else prompt for prompt in prompts]
