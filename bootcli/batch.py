@@ -21,7 +21,6 @@ from bootcli.objectives.corrector import Corrector, CorrectorDraw
 from bootcli.objectives.kd import KD, KDDraw
 from bootcli.objectives.refiner import Refiner, RefinerDraw
 from bootcli.student import Student
-from bootcli.teachers.guided_pool import GuidedPool
 from bootcli.teachers.protocol import Cond
 
 

@@ -19,7 +19,6 @@ from bootcli.engine import Engine
 from bootcli.maths.signal_ode import solve
 from bootcli.objectives.base import Conditions, Ends, Objective, Terms, adaptive, conditions, path_start
 from bootcli.student import Student
-from bootcli.teachers.guided_pool import GuidedPool
 from bootcli.teachers.protocol import Cond
 from bootcli.teachers.view import TeacherView
 
