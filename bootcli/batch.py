@@ -16,12 +16,12 @@ from bootcli.deck import Pool
 from bootcli.errors import UsageError
 from bootcli.judge import Judge
 from bootcli.objectives.adversary import Adversary, AdversaryDraw
-from bootcli.objectives.base import Conditions, Objective, Terms
+from bootcli.objectives.base import Objective, Terms
 from bootcli.objectives.corrector import Corrector, CorrectorDraw
 from bootcli.objectives.kd import KD, KDDraw
 from bootcli.objectives.refiner import Refiner, RefinerDraw
 from bootcli.student import Student
-from bootcli.teachers.protocol import Cond
+from bootcli.teachers.protocol import Cond, Conditions
 
 
 @dataclass(frozen=True)

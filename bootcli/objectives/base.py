@@ -33,16 +33,6 @@ class Draw(Protocol):
 D = TypeVar("D", bound=Draw)
 
 
-class Conditions(Protocol):
-    """All conditions of a run, by their rows: a `Cond`, or prompts whose embeddings are on disk."""
-
-    def __len__(self) -> int:
-        """How many."""
-
-    def rows(self, index: Tensor) -> Cond:
-        """The conditions at ``index``, shape (b,)."""
-
-
 @dataclass(frozen=True)
 class Ends:
     """The ends of paths in a batch: what an adversary tells apart.

@@ -17,9 +17,9 @@ from bootcli.config import PathsConfig
 from bootcli.deck import Pool
 from bootcli.engine import Engine
 from bootcli.maths.signal_ode import solve
-from bootcli.objectives.base import Conditions, Ends, Objective, Terms, adaptive, conditions, path_start
+from bootcli.objectives.base import Ends, Objective, Terms, adaptive, conditions, path_start
 from bootcli.student import Student
-from bootcli.teachers.protocol import Cond
+from bootcli.teachers.protocol import Cond, Conditions
 from bootcli.teachers.view import TeacherView
 
 FIRST_FILL = 16

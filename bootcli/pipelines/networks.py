@@ -11,9 +11,8 @@ from bootcli.critic import Critic
 from bootcli.engine import Engine, is_out_of_memory
 from bootcli.errors import UsageError
 from bootcli.lora import Lora, fingerprint
-from bootcli.objectives.base import Conditions
 from bootcli.student import Student
-from bootcli.teachers.protocol import Head, Teacher
+from bootcli.teachers.protocol import Conditions, Head, Teacher
 
 
 def head_of(teacher: Teacher, config: DistillConfig) -> Head:

@@ -20,7 +20,7 @@ from bootcli.errors import BootError, UsageError
 from bootcli.judge import Features, make_judge
 from bootcli.maths.broadcast import like
 from bootcli.objectives.adversary import Adversary
-from bootcli.objectives.base import Conditions, Objective
+from bootcli.objectives.base import Objective
 from bootcli.objectives.boot import Boot
 from bootcli.objectives.corrector import Corrector
 from bootcli.objectives.freeflow import FreeFlow
@@ -32,7 +32,7 @@ from bootcli.sampler import CondOf, SeedOf, prior_noise
 from bootcli.store.artifact import load_student
 from bootcli.student import Student
 from bootcli.teachers.guided_pool import LEVELS, GuidedPool
-from bootcli.teachers.protocol import Cond, Teacher
+from bootcli.teachers.protocol import Cond, Conditions, Teacher
 from bootcli.teachers.view import TeacherView
 
 

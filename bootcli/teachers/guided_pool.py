@@ -10,8 +10,7 @@ import dataclasses
 
 from torch import Tensor
 
-from bootcli.objectives.base import Conditions
-from bootcli.teachers.protocol import Cond
+from bootcli.teachers.protocol import Cond, Conditions
 
 LEVELS = 2**20
 """Levels of w, evenly from the least to the greatest: a millionth of the range apart."""

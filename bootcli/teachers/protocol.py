@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,16 @@ class Cond:
         if self.guidance is None or other.guidance is None:
             return Cond(tensors)
         return Cond(tensors, guidance=torch.cat([self.guidance, other.guidance]))
+
+
+class Conditions(Protocol):
+    """All conditions of a run, by their rows: a `Cond`, or prompts whose embeddings are on disk."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def rows(self, index: Tensor) -> Cond:
+        """The conditions at ``index``, shape (b,)."""
 
 
 @dataclass(frozen=True)
