@@ -1,7 +1,7 @@
 """Train the feature network of a fashion teacher and store its reference statistics.
 
     python examples/train_fashion_features.py --output bootcli/teachers/features/fashion-cnn-64
-    python examples/train_fashion_features.py --captioned --epochs 5 --output plugins/bootcli_sd/fashion/features
+    python examples/train_fashion_features.py --captioned --epochs 5 --output NEW
 
 The training images' statistics become the Frechet reference; the 10,000 test images, which neither the teacher nor this
 network trained on, give the floor: the distance that a perfect model would still show.
@@ -15,8 +15,8 @@ feature network trained on them too, but that does not show: test images score w
 
 writes these features alone, for the network that is in the folder.
 
-The second command is for `fashion-sd`: coloured pieces of clothing before a background (`captioned_fashion.py`), of
-which there are two for each of Fashion-MNIST.
+The second command made `fashion-colour-cnn-64`, for a teacher of `train_sd_teacher.py`: coloured pieces of clothing before
+a background (`captioned_fashion.py`), of which there are two for each of Fashion-MNIST.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from bootcli.pipelines.setup import (
     start_time,
     teacher_view,
 )
-from bootcli.prompts import read_prompts
+from bootcli.prompts import Prompts, read_prompts
 from bootcli.reference import Reference, reference_for, write_reference
 from bootcli.sampler import reference_times
 from bootcli.store.artifact import load_student
@@ -121,7 +121,7 @@ def evaluate(
         reference=against,
         fid="fid" in wanted,
         manifold=_manifold(against, num_images) if against is not None and "pr" in wanted else None,
-        labels_of=_labels(teacher, config, against) if against is not None and "accuracy" in wanted else None,
+        labels_of=_labels(teacher, config, against, texts) if against is not None and "accuracy" in wanted else None,
         t_max=t_max,
         progress=progress,
     )
@@ -184,7 +184,9 @@ def _manifold(reference: Reference, num_images: int) -> Manifold:
     return manifold_of(some_rows(features, min(num_images, MOST_ROWS)))
 
 
-def _labels(teacher: Teacher, config: DistillConfig, reference: Reference) -> Callable[[Sequence[int]], Tensor]:
+def _labels(
+    teacher: Teacher, config: DistillConfig, reference: Reference, prompts: Prompts | None
+) -> Callable[[Sequence[int]], Tensor]:
     """The class of each seed's image. Raises `UsageError` where there are none, or nothing tells them."""
     kind = teacher.spec.conditioning
     if kind == "none" or (kind == "text" and not reference.words):
@@ -203,7 +205,7 @@ def _labels(teacher: Teacher, config: DistillConfig, reference: Reference) -> Ca
             f"--metric accuracy: {reference.feature_space} tells {told} classes, the teacher has {has}.",
             "Leave this metric out.",
         )
-    return labels_of(teacher, config, reference.words)
+    return labels_of(teacher, config, reference.words, prompts)
 
 
 def _path_start(view: TeacherView, config: DistillConfig) -> float:

@@ -213,17 +213,19 @@ def guided_by(cond_of: CondOf, scale: float | None) -> CondOf:
     return lambda seeds: dataclasses.replace(cond_of(seeds), guidance=torch.full((len(seeds),), scale))
 
 
-def labels_of(teacher: Teacher, config: DistillConfig, words: Sequence[str] = ()) -> Callable[[Sequence[int]], Tensor]:
+def labels_of(
+    teacher: Teacher, config: DistillConfig, words: Sequence[str] = (), prompts: Prompts | None = None
+) -> Callable[[Sequence[int]], Tensor]:
     """The class labels of images by their seeds, (b,), as `condition_of` conditions them.
 
     Args:
         teacher, config: of the run.
         words: what the prompts of a text teacher call the classes; one that names none of them, or two, is no class:
             -1.
+        prompts: that images take in turn; None: those of the run.
     """
-    if teacher.spec.conditioning == "text":
-        asked = request_of(teacher, config)
-        return lambda seeds: torch.tensor([class_in(asked(seed)["prompt"], words) for seed in seeds])
+    if (prompts := prompts_of(teacher, config, prompts)) is not None:
+        return lambda seeds: torch.tensor([class_in(prompts.in_turn(seed).text, words) for seed in seeds])
     pool = torch.tensor(list(config.classes or range(teacher.spec.num_classes)))
     return lambda seeds: pool[torch.tensor(list(seeds)) % len(pool)]
 

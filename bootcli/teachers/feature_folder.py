@@ -3,8 +3,9 @@
 A folder holds `config.json` (architecture, name, test accuracy, floor), `model.safetensors` (weights),
 `reference.safetensors` (feature mean and covariance of the training images) and perhaps `manifold.safetensors` (the
 features of some of them, one by one, for precision and recall). Or its `config.json` says ``{"same_as": NAME}``: one of
-those that come with bootcli. `fashion-cnn-64` is a small classifier of Fashion-MNIST at 16x16; its distances are on its
-own scale and are not comparable to Inception's FID.
+those that come with bootcli. `fashion-cnn-64` is a small classifier of Fashion-MNIST at 16x16, `fashion-colour-cnn-64`
+one of its coloured pieces at 32x32 (`examples/captioned_fashion.py`); their distances are on scales of their own and
+are not comparable to Inception's FID.
 """
 
 from __future__ import annotations

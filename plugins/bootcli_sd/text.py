@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils import logging
 
 from bootcli.plugin import BootError
 from bootcli_sd.layout import variant_of
+
+logging.disable_progress_bar()  # bootcli has its own
 
 BATCH = 32
 """Prompts encoded at a time."""
