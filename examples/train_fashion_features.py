@@ -15,8 +15,8 @@ feature network trained on them too, but that does not show: test images score w
 
 writes these features alone, for the network that is in the folder.
 
-The second command made `fashion-colour-cnn-64`, for a teacher of `train_sd_teacher.py`: coloured pieces of clothing before
-a background (`captioned_fashion.py`), of which there are two for each of Fashion-MNIST.
+The second command made `fashion-colour-cnn-64`, for a teacher of `train_sd_teacher.py`: coloured pieces of clothing
+before a background (`captioned_fashion.py`), of which there are two for each of Fashion-MNIST.
 """
 
 from __future__ import annotations
