@@ -42,8 +42,9 @@ from bootcli.pipelines.bench import accuracy
 from bootcli.pipelines.distill import distill
 from bootcli.pipelines.evaluate import evaluate
 from bootcli.pipelines.events import Finished
+from bootcli.pipelines.requests import condition_of, labels_of
 from bootcli.pipelines.settings import resolve_config
-from bootcli.pipelines.setup import condition_of, labels_of, teacher_view
+from bootcli.pipelines.setup import teacher_view
 from bootcli.reference import reference_for
 from bootcli.sampler import prior_noise, reference_calls, teacher_images
 from bootcli.store.checkpoint import checkpoints

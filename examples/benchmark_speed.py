@@ -26,7 +26,8 @@ from torch import nn
 
 from bootcli.config import resolve
 from bootcli.engine import Engine
-from bootcli.pipelines.setup import Distillation, condition_of, set_up
+from bootcli.pipelines.requests import condition_of
+from bootcli.pipelines.setup import Distillation, set_up
 from bootcli.sampler import student_images
 from bootcli.teachers.registry import load
 from bootcli.trainer import Trainer

@@ -28,7 +28,8 @@ from bootcli.memory import need_of, switches
 from bootcli.objectives.base import conditions
 from bootcli.objectives.corrector import Corrector
 from bootcli.objectives.kd import KD
-from bootcli.pipelines.setup import condition_of, sampling_scale, set_up, teacher_view
+from bootcli.pipelines.requests import condition_of, sampling_scale
+from bootcli.pipelines.setup import set_up, teacher_view
 from bootcli.sampler import prior_noise, reference_calls, teacher_endpoint
 from bootcli.student import Student
 from bootcli.teachers.guided_pool import LEVELS, GuidedPool

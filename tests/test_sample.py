@@ -15,8 +15,8 @@ from PIL import Image
 from bootcli.config import from_dict, to_dict
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
+from bootcli.pipelines.requests import condition_of
 from bootcli.pipelines.sample import sample
-from bootcli.pipelines.setup import condition_of
 from bootcli.plugin import Cond, Teacher
 from bootcli.prompts import Prompt, Prompts
 from bootcli.sampler import prior_noise, student_images, teacher_images

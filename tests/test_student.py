@@ -41,3 +41,12 @@ def test_an_x0_head_starts_near_the_mean_with_the_features_of_start_t(tiny_teach
         handle.remove()
     torch.testing.assert_close(seen[0], seen[1])
     assert abs(float(student.sample(eps, Cond()).detach().mean()) + 0.3) < 0.1
+
+
+def test_a_native_head_too_may_start_with_the_features_of_another_time(tiny_teacher: Teacher) -> None:
+    student = Student(tiny_teacher, "native", t_min=0.0)
+    eps = torch.randn(4, *tiny_teacher.spec.sample_shape)
+    student.borrow_features(0.5, eps, Cond())
+    with torch.no_grad():
+        borrowed = tiny_teacher.predict(student.net, eps, ones(4), Cond())
+        torch.testing.assert_close(borrowed, tiny_teacher.predict(tiny_teacher.net, eps, ones(4, 0.5), Cond()))

@@ -16,16 +16,8 @@ from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import INCEPTION
 from bootcli.manifold import MOST_ROWS, NEIGHBOURS, Manifold, manifold_of, some_rows
 from bootcli.pipelines.bench import PAIRED_STEPS, Bench, Progress
-from bootcli.pipelines.setup import (
-    condition_of,
-    labels_of,
-    prompts_of,
-    refinement_starts,
-    sampling_scale,
-    seed_of,
-    start_time,
-    teacher_view,
-)
+from bootcli.pipelines.requests import condition_of, labels_of, prompts_of, sampling_scale, seed_of
+from bootcli.pipelines.setup import refinement_starts, start_time, teacher_view
 from bootcli.prompts import Prompts, read_prompts
 from bootcli.reference import Reference, reference_for, write_reference
 from bootcli.sampler import reference_times

@@ -11,7 +11,7 @@ import torch
 from bootcli import __version__
 from bootcli.errors import BootError, UsageError
 from bootcli.exporters import Format, formats_of, largest_difference
-from bootcli.pipelines.setup import condition_of
+from bootcli.pipelines.requests import condition_of
 from bootcli.store.artifact import Artifact, load_student
 from bootcli.store.files import atomic_folder, check_free, write_json
 from bootcli.store.rundir import RunDir

@@ -88,7 +88,8 @@ def make_networks(teacher: Teacher, config: DistillConfig, engine: Engine) -> tu
         student = Student(teacher, head_of(teacher, config), settings.t_min, guidance_range=limits)
     base = fingerprint(teacher.net) if settings.lora_rank else ""
     if config.memory.half_teacher:
-        teacher.net.to(engine.half)
+        for parameter in teacher.net.parameters():  # not its tables of frequencies and filters, which are small
+            parameter.data = parameter.data.to(engine.half)
     if student is None:
         lora = Lora(teacher, "student", settings.lora_rank, base)
         student = Student(teacher, head_of(teacher, config), settings.t_min, lora)

@@ -18,15 +18,8 @@ from bootcli.config import Device
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.images import enlarge, grid, save_png
-from bootcli.pipelines.setup import (
-    condition_of,
-    prompts_of,
-    refinement_starts,
-    request_of,
-    sampling_scale,
-    seed_of,
-    teacher_view,
-)
+from bootcli.pipelines.requests import condition_of, prompts_of, request_of, sampling_scale, seed_of
+from bootcli.pipelines.setup import refinement_starts, teacher_view
 from bootcli.prompts import Prompt, Prompts
 from bootcli.sampler import SeedOf, reference_calls, student_images, teacher_images
 from bootcli.store.artifact import Artifact, load_student

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -184,3 +185,27 @@ def test_guidance_that_cannot_be(cli: Cli, tiny_sd: Path, tmp_path: Path, words:
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_accuracy_is_that_of_the_prompts_that_are_asked_for(
+    inside: Callable[..., Done], tiny_sd: Path, tmp_path: Path
+) -> None:
+    """The classes have words in the features; a network of random weights draws the same class for all."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_sd, teacher)
+    (teacher / "features").mkdir()
+    (teacher / "features" / "config.json").write_text('{"same_as": "fashion-colour-cnn-64"}')
+    (teacher / "prompts.txt").write_text("a red fox\n")
+    done = inside("distill", "--teacher", str(teacher), "--resolution", "32", "--output", "run", *FEW)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "prompts.jsonl").read_text()) == {"prompt": "a red fox"}
+
+    names = ["t-shirt", "pair of trousers", "pullover", "dress", "coat"]
+    names += ["sandal", "shirt", "sneaker", "bag", "ankle boot"]
+    (tmp_path / "all.txt").write_text("".join(f"a green {name}\n" for name in names))
+    metric = ["--metric", "accuracy", "-n", "20", "--teacher-steps", "", "--json"]
+    done = inside("evaluate", "run", *metric, "--prompts", "all.txt")
+    assert done.returncode == 0, done.stderr
+    assert 0 < json.loads(done.stdout)["student"]["accuracy"] < 1
+    done = inside("evaluate", "run", *metric)
+    assert (done.returncode, "no prompt names one class" in done.stderr) == (2, True)

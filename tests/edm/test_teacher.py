@@ -19,7 +19,10 @@ from diffusers import UNet2DModel
 from edm_pickle import SOURCE
 from torch import Tensor
 
+from bootcli.config import resolve
+from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
+from bootcli.pipelines.networks import make_networks
 from bootcli.plugin import VarianceExploding, check_teacher
 from bootcli.teachers.view import TeacherView
 from tests.original_names import RESNET
@@ -43,6 +46,21 @@ def test_the_whole_contract(make_pickle: MakePickle, class_name: str, arguments:
     teacher = family.load(make_pickle(class_name, arguments))
     assert check_teacher(teacher, family)
     assert teacher.head() == ("native" if class_name == "EDMPrecond" else "x0")
+
+
+def test_a_halved_teacher_keeps_its_frequencies(make_pickle: MakePickle) -> None:
+    """Rounded, those of Fourier embeddings would be others: sigma times a number of some tens is an angle."""
+    teacher = load(make_pickle("EDMPrecond", SONG | {"embedding_type": "fourier"}))
+    x, t, cond = torch.randn(4, 1, 8, 8), torch.full((4,), 0.6, dtype=torch.float64), teacher.condition([0, 1, 2, 0])
+    view = TeacherView(teacher)
+    tables, before = {name: table.clone() for name, table in teacher.net.named_buffers()}, view.x0(x, t, cond)
+    make_networks(teacher, resolve({"memory.half_teacher": True}), Engine("cpu", "bf16"))
+    assert {parameter.dtype for parameter in teacher.net.parameters()} == {torch.bfloat16}
+    for name, table in teacher.net.named_buffers():
+        assert torch.equal(table, tables[name])
+    with torch.autocast("cpu", torch.bfloat16):
+        after = view.x0(x, t, cond)
+    assert (after - before).square().mean() < 1e-3 * before.square().mean()
 
 
 def test_the_view_is_the_denoiser(make_pickle: MakePickle) -> None:

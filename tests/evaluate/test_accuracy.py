@@ -14,7 +14,7 @@ from bootcli.errors import UsageError
 from bootcli.evaluate import Statistics
 from bootcli.pipelines import evaluate as pipeline
 from bootcli.pipelines.bench import accuracy
-from bootcli.pipelines.setup import class_in
+from bootcli.pipelines.requests import class_in
 from bootcli.plugin import FeatureSpace, Teacher
 from bootcli.reference import Reference
 from bootcli.teachers.registry import Loaded

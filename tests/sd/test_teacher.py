@@ -21,7 +21,7 @@ from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.maths.guidance import guide
 from bootcli.maths.prediction import to_x0
-from bootcli.pipelines.setup import of_prompts
+from bootcli.pipelines.requests import of_prompts
 from bootcli.plugin import check_teacher
 from bootcli.prompts import Prompt
 from bootcli.sampler import noises, teacher_images

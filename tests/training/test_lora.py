@@ -165,6 +165,7 @@ def test_half_of_the_base_is_near_the_whole(tiny_ddpm: Any) -> None:
         (LORA | {"optimizer.compile": True, "optimizer.gradient_checkpointing": True}, "need the LoRA that they had"),
         ({"memory.offload_teacher": True, "optimizer.compile": True}, "moves a compiled network"),
         ({"memory.half_teacher": True}, "computes in float32"),
+        (LORA | {"student.start_t": 0.5}, "a LoRA starts as the teacher"),
         (
             {"memory.offload_teacher": True, "replay.share": 0.5, "replay.adversary": 0.5},
             "looks through the teacher's layers",
