@@ -105,3 +105,8 @@ def test_prompts_without_a_class_do_not_count() -> None:
     assert accuracy(features, reference, torch.tensor([1, -1, 2, 1]), cpu) == pytest.approx(2 / 3)
     with pytest.raises(UsageError, match="no prompt names one class"):
         accuracy(features, reference, torch.tensor([-1, -1, -1, -1]), cpu)
+
+
+@pytest.mark.parametrize("words", [("ankle", "ankle boot"), ("ankle boot", "ankle")])
+def test_of_words_that_begin_alike_the_longest_counts(words: tuple[str, ...]) -> None:
+    assert class_in("a brown ankle boot", words) == words.index("ankle boot")
