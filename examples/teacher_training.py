@@ -121,7 +121,7 @@ def parser(description: str | None, **defaults: object) -> argparse.ArgumentPars
     options.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="autocast of the forward pass")
     options.add_argument("--log-every", type=int, default=50, help="steps averaged per line of the log")
     options.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (and exports)")
-    options.add_argument("--resume", action="store_true", help="continue from the checkpoint in --work")
+    options.add_argument("--resume", action="store_true", help="continue from the checkpoint in --work, if there is one")
     options.set_defaults(**defaults)
     return options
 
@@ -160,7 +160,7 @@ def train(
     checkpoint, log = args.work / "state.pt", args.work / "log.jsonl"
     optimizer = Muon(model.parameters(), lr=args.lr, betas=(0.9, 0.99))
     step, spent = 0, 0.0  # spent: seconds of training in earlier runs
-    if args.resume:
+    if args.resume and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         if state["seed"] != args.seed or state["batch_size"] != args.batch_size:
             raise SystemExit("--resume needs the checkpoint's --seed and --batch-size")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bootcli_ddpm.scheduler import read_process
+from bootcli_diffusers.scheduler import read_process
 from bootcli_sd.single_file import CONFIGS
 from bootcli_sd.teacher import SDTeacher
 from diffusers import UNet2DConditionModel

@@ -82,6 +82,18 @@ def test_two_calls_are_half_as_wide() -> None:
     assert sizes == [4, 4]
 
 
+@pytest.mark.parametrize(("interval", "rows"), [((0.8, 1.0), 4), ((0.0, 1.0), 8)])
+def test_nothing_is_computed_without_a_condition_where_nothing_is_guided(
+    interval: tuple[float, float], rows: int
+) -> None:
+    sizes = []
+    guided = view(interval=interval)
+    guided.teacher.net.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    x, t, cond = inputs()
+    guided.x0(x, torch.full_like(t, 0.5), cond)
+    assert sizes == [rows]
+
+
 def test_the_corrector_is_guided_at_the_levels_of_both() -> None:
     narrowed = view(interval=(0.2, 0.9), rescale=0.5, one_batch=False).within((0.0, 0.7))
     assert narrowed.interval == (0.2, 0.7)

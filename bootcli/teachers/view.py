@@ -69,7 +69,8 @@ class TeacherView:
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """`x0`, with a gradient for x_t where that asks for one."""
         spec, teacher = self.teacher.spec, self.teacher
-        if self.negative is None:
+        inside = self._inside(t)
+        if self.negative is None or not inside.any():
             prediction = teacher.predict(teacher.net, x_t, t, cond)
         else:
             negative = cond.negative
@@ -78,7 +79,7 @@ class TeacherView:
             conditional, unconditional = self._branches(x_t, t, cond, negative)
             scale = self.guidance_scale if cond.guidance is None else cond.guidance
             guided = guide(conditional, unconditional, scale, self.rescale)
-            prediction = torch.where(like(self._inside(t), guided) > 0, guided, conditional)
+            prediction = torch.where(like(inside, guided) > 0, guided, conditional)
         return spec.threshold(to_x0(spec.prediction, prediction, x_t.float(), spec.schedule(t)))
 
     def _branches(self, x_t: Tensor, t: Tensor, cond: Cond, negative: Cond) -> tuple[Tensor, Tensor]:
@@ -91,8 +92,8 @@ class TeacherView:
         return conditional, unconditional
 
     def _inside(self, t: Tensor) -> Tensor:
-        """1 where t lies in the guidance interval, else 0; (b,), float64."""
+        """Whether t lies in the guidance interval, (b,), bool on the CPU."""
         alpha, sigma = self.schedule(t)
         level = sigma / (alpha + sigma)
         low, high = self.interval
-        return ((level >= low) & (level <= high)).double()
+        return (level >= low) & (level <= high)

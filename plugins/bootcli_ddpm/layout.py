@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from bootcli_diffusers.files import read_json
 
 from bootcli.plugin import BootError
 
@@ -26,22 +27,6 @@ class Layout:
     unet: Path
     network: dict[str, object]
     scheduler: dict[str, object]
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """The object in a JSON file. Raises `BootError` where the file is missing, unreadable or something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BootError(
-            f"{path} is missing.",
-            "A teacher folder holds unet/ and scheduler/, or config.json and scheduler_config.json side by side.",
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BootError(f"{path} is not readable JSON: {error}", "Download or save the folder again.") from None
-    if not isinstance(content, dict):
-        raise BootError(f"{path} does not hold a JSON object.", "Download or save the folder again.")
-    return content
 
 
 def matches(path: Path) -> bool:

@@ -6,16 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from bootcli_diffusers.scheduler import Process
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from bootcli.plugin import BootError, TeacherSpec
-from bootcli_ddpm.scheduler import Process
-
-_ADAPTED = (
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"),
-)
 
 
 class InterpolatedEmbedding(nn.Embedding):
@@ -51,13 +46,6 @@ def make_spec(config: Any, process: Process) -> TeacherSpec:
         num_classes=classes,
         threshold=process.threshold,
     )
-
-
-def lora_targets_of(net: nn.Module) -> tuple[str, ...]:
-    """What a LoRA adapts of a UNet of diffusers: attention, feed-forward layers and convolutions, as LCM-LoRA does
-    (Luo et al. 2023, arXiv 2311.05556); the first and the last layer speak the teacher's language."""
-    names = [name for name, _ in net.named_modules()]
-    return tuple(target for target in _ADAPTED if any(name.endswith(f".{target}") for name in names))
 
 
 def _sample_shape(config: Any) -> tuple[int, int, int]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from bootcli_diffusers.card import card_of
+from bootcli_diffusers.files import read_json
+from bootcli_diffusers.lora import targets_of
+from bootcli_diffusers.scheduler import Process, init_arguments, process_of, read_process
 from diffusers import UNet2DModel
-from huggingface_hub import metadata_load
 from torch import Tensor, nn
-from yaml import YAMLError
 
 from bootcli.plugin import (
     BootError,
@@ -26,13 +27,11 @@ from bootcli.plugin import (
     UsageError,
     load_feature_space,
 )
-from bootcli_ddpm.layout import read_json, read_layout
-from bootcli_ddpm.network import lora_targets_of, make_network, make_spec, try_out
-from bootcli_ddpm.scheduler import Process, init_arguments, process_of, read_process
+from bootcli_ddpm.layout import read_layout
+from bootcli_ddpm.network import make_network, make_spec, try_out
 from bootcli_ddpm.weights import fit_weights, read_weights
 
 RECIPE = "recipe.json"
-_HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)")
 
 
 class DDPMTeacher(Teacher):
@@ -110,8 +109,8 @@ class DDPMTeacher(Teacher):
         return read_json(self._folder / RECIPE)
 
     def lora_targets(self) -> tuple[str, ...]:
-        """See `lora_targets_of`."""
-        return lora_targets_of(self.net)
+        """See `targets_of`."""
+        return targets_of(self.net)
 
     def feature_layers(self, net: nn.Module) -> Sequence[nn.Module]:
         """The last residual block of every resolution on the way down, and the middle, if there is one."""
@@ -178,17 +177,6 @@ def build(config: Mapping[str, Any]) -> DDPMTeacher:
             "The file was edited, or written by another version of bootcli.",
         ) from None
     return DDPMTeacher(unet, process, card)
-
-
-def card_of(path: Path) -> dict[str, str]:
-    """What the model card and the path say; a teacher without a readable card is no worse for it."""
-    try:
-        metadata = metadata_load(path / "README.md") if (path / "README.md").is_file() else None
-    except (OSError, ValueError, RecursionError, YAMLError):  # unreadable, not UTF-8 or no table, too deep, not YAML
-        metadata = None
-    card = {"licence": str(metadata["license"])} if metadata and metadata.get("license") else {}
-    hub = next((match for part in path.absolute().parts if (match := _HUB_CACHE.fullmatch(part))), None)
-    return card | ({"source": f"{hub[1]}/{hub[2]}"} if hub else {})
 
 
 def _range(spec: TeacherSpec) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from bootcli_diffusers.files import read_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bootcli.plugin import BootError, misfit, read_archive
-from bootcli_ddpm.layout import read_json
 
 _STEM = "diffusion_pytorch_model"
 _FILES = (

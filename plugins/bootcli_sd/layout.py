@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bootcli_ddpm.layout import read_json
+from bootcli_diffusers.files import read_json
 
 from bootcli.plugin import BootError
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bootcli_ddpm.layout import read_json
-from bootcli_ddpm.network import lora_targets_of
-from bootcli_ddpm.scheduler import Process, init_arguments, process_of, read_process
-from bootcli_ddpm.teacher import card_of
+from bootcli_diffusers.card import card_of
+from bootcli_diffusers.files import read_json
+from bootcli_diffusers.lora import targets_of
+from bootcli_diffusers.scheduler import Process, init_arguments, process_of, read_process
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -235,7 +235,7 @@ class SDTeacher(Teacher):
 
     def lora_targets(self) -> tuple[str, ...]:
         """Attention, feed-forward layers and convolutions."""
-        return lora_targets_of(self.net)
+        return targets_of(self.net)
 
     def other_parts(self) -> Sequence[nn.Module]:
         """Text encoders and autoencoder, where they are loaded."""

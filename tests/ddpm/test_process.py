@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from bootcli_ddpm.scheduler import process_of, read_process
+from bootcli_diffusers.scheduler import process_of, read_process
 from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
 
 from bootcli.errors import BootError

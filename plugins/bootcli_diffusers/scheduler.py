@@ -82,7 +82,7 @@ def read_process(config: Mapping[str, Any]) -> Process:
     if name not in _CLASSES:
         raise BootError(
             f"The scheduler {name} is not one of DDPM's forward process.",
-            f"The ddpm family reads {', '.join(sorted(_CLASSES))}.",
+            f"Those that are: {', '.join(sorted(_CLASSES))}.",
         )
     kind = getattr(diffusers, name)
     try:
@@ -101,7 +101,7 @@ def process_of(config: Mapping[str, Any]) -> Process:
     if prediction is None:
         raise BootError(
             f"The scheduler's prediction_type is {config['prediction_type']!r}.",
-            f"The ddpm family knows {', '.join(_PREDICTIONS)}.",
+            f"Known are {', '.join(_PREDICTIONS)}.",
         )
     try:
         alphas_cumprod = DDIMScheduler(**config).alphas_cumprod
