@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         Teacher,
         TeacherSpec,
     )
+    from bootcli.teachers.registry import locate
     from bootcli.teachers.weights import misfit, read_archive
     from bootcli.testing import check_teacher
 
@@ -62,6 +63,7 @@ _HOMES = {
         "Teacher",
         "TeacherSpec",
     ),
+    "bootcli.teachers.registry": ("locate",),
     "bootcli.teachers.weights": ("misfit", "read_archive"),
     "bootcli.testing": ("check_teacher",),
 }
@@ -94,6 +96,7 @@ __all__ = [
     "VarianceExploding",
     "check_teacher",
     "load_feature_space",
+    "locate",
     "misfit",
     "read_archive",
     "vp_table",

@@ -117,14 +117,23 @@ def resolve(name: str) -> Resolved:
 
 def load(name: str) -> Loaded:
     """The teacher behind ``name`` with its weights, fetched from the hub where it has to be."""
+    found = resolve(name)
+    family, path = _files_of(found)
+    return Loaded(family.load(path), family, found.source, found.origin)
+
+
+def locate(name: str) -> Path:
+    """Where the files of the teacher behind ``name`` are, fetched from the hub where they have to be."""
+    return _files_of(resolve(name))[1]
+
+
+def _files_of(found: Resolved) -> tuple[TeacherFamily, Path]:
     from bootcli.teachers.hub import fetch
 
-    found = resolve(name)
-    family, path = found.family, Path(found.source)
     if found.on_hub:
-        family, path = fetch(found.source, [family] if family else _good(installed()))
-    assert family is not None  # only a hub id leaves it open
-    return Loaded(family.load(path), family, found.source, found.origin)
+        return fetch(found.source, [found.family] if found.family else _good(installed()))
+    assert found.family is not None  # only a hub id leaves it open
+    return found.family, Path(found.source)
 
 
 def _wanted(point: EntryPoint) -> bool:

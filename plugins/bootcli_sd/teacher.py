@@ -27,6 +27,7 @@ from bootcli.plugin import (
     TeacherSpec,
     UsageError,
     load_feature_space,
+    locate,
 )
 from bootcli_sd import single_file
 from bootcli_sd.layout import Layout, read_layout, variant_of
@@ -34,6 +35,8 @@ from bootcli_sd.single_file import Parts, read_single_file
 from bootcli_sd.text import TextEncoder, digest_of, load_pairs
 
 RECIPE, PROMPTS, FEATURES = "recipe.json", "prompts.txt", "features"
+PACKAGE = Path(__file__).parent
+"""Teachers that come with it are stored by their place in here, since it moves with every installation."""
 UNIT = 8
 """Pixels of which diffusers' pipelines draw multiples."""
 DECODED = 4
@@ -172,6 +175,8 @@ class SDTeacher(Teacher):
         self._vae = parts.vae
 
     def _layout(self) -> Layout:
+        if not self.home.is_dir() and "source" in self.card:  # a student moved to another machine, or a cleared cache
+            self.home = locate(f"sd:{self.card['source']}")
         if not self.home.is_dir():
             raise self._gone()
         return read_layout(self.home)
@@ -219,7 +224,7 @@ class SDTeacher(Teacher):
             "unet": self._arguments,
             "scheduler": self.process.config,
             "vae": self.vae_config,
-            "home": str(self.home),
+            "home": str(self.home.relative_to(PACKAGE) if self.home.is_relative_to(PACKAGE) else self.home),
             "kind": self.kind,
             "card": self.card,
         }
@@ -336,7 +341,7 @@ def build(config: Mapping[str, Any]) -> SDTeacher:
     try:
         process = process_of(dict(config["scheduler"]))
         net = UNet2DConditionModel(**config["unet"])
-        home, kind = Path(config["home"]), str(config["kind"])
+        home, kind = PACKAGE / Path(config["home"]), str(config["kind"])
         return SDTeacher(net, process, dict(config["vae"]), home, dict(config["card"]), kind)
     except BootError:
         raise

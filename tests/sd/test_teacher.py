@@ -151,6 +151,30 @@ def test_a_student_needs_its_teachers_other_parts(make_folder: MakeFolder) -> No
             use()
 
 
+def test_a_student_finds_its_teacher_of_the_hub_in_another_cache(
+    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cache(name: str) -> Path:
+        return tmp_path / name / "models--someone--model"
+
+    folder = cache("old") / "snapshots" / "0123"
+    folder.parent.mkdir(parents=True)
+    make_folder().rename(folder)
+    (cache("old") / "refs").mkdir()
+    (cache("old") / "refs" / "main").write_text("0123")
+    teacher = load(folder)
+    config, text = teacher.config(), teacher.condition(["a shoe"]).tensors["text"]
+    cache("old").parent.rename(cache("new").parent)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache("new").parent))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    moved = build(config)
+    assert torch.equal(moved.condition(["a shoe"]).tensors["text"], text)
+    assert moved.config()["home"] == str(cache("new") / "snapshots" / "0123")
+    shutil.rmtree(cache("new"))
+    with pytest.raises(BootError, match=r"Cannot reach the hub for someone/model|someone/model is not in the local"):
+        build(config).decode(torch.zeros(1, 4, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
