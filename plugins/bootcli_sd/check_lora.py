@@ -34,7 +34,7 @@ def _pipeline(base: Path, *, watermark: bool) -> Any:
     how: dict[str, Any] = {"variant": "fp16"} if weights and all(".fp16" in name for name in weights) else {}
     if watermark:  # of some installations of SDXL: it would be a difference
         how["add_watermarker"] = False
-    return DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32, **how)
+    return DiffusionPipeline.from_pretrained(base, **how).to(torch.float32)
 
 
 if __name__ == "__main__":
