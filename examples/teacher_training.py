@@ -121,9 +121,7 @@ def parser(description: str | None, **defaults: object) -> argparse.ArgumentPars
     options.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="autocast of the forward pass")
     options.add_argument("--log-every", type=int, default=50, help="steps averaged per line of the log")
     options.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (and exports)")
-    options.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint in --work, if there is one"
-    )
+    options.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work, if there is one")
     options.set_defaults(**defaults)
     return options
 
