@@ -46,6 +46,8 @@ class StudentConfig:
     """Time of the teacher whose features the student starts with; None is 0.5 for an x0 head, else 1: its own."""
     t_min: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Target time of a sample."""
+    path_start: Literal["estimate", "noise"] = "estimate"
+    """Where teacher paths begin: alpha * f + sigma * eps, as in BOOT, or the noise alone, as samplers do."""
     lora_rank: Count = 0
     """Rank of a LoRA in the teacher's own network, whose weights are then held once; 0: the whole network learns."""
 

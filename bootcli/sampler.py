@@ -14,7 +14,6 @@ from torch import Tensor
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.images import to_uint8
-from bootcli.maths.broadcast import like
 from bootcli.maths.sampling import ddim, heun
 from bootcli.maths.signal_ode import from_signal
 from bootcli.student import Student
@@ -137,14 +136,11 @@ def reference_times(view: TeacherView, steps: int) -> Tensor:
 def teacher_endpoint(view: TeacherView, eps: Tensor, cond: Cond, t_max: float, steps: int) -> Tensor:
     """Where the teacher's path from ``eps`` ends: the pair of the student's y(eps, t_min, c).
 
-    It starts where the student's boundary condition does: x = alpha * f + sigma * eps at t_max, with
-    f = f(sigma * eps, t_max).
+    It starts where the student's paths do (`TeacherView.start_of_path`).
     """
-    t = torch.full((len(eps),), t_max, dtype=torch.float64)
-    at = view.schedule(t)
-    f = view.x0(like(at.sigma, eps) * eps, t, cond)
-    times = view.schedule.grid(steps) * t_max
-    return _end_of_path(view, from_signal(f, eps, at), cond, times)
+    at = view.schedule(torch.full((len(eps),), t_max, dtype=torch.float64))
+    start = from_signal(view.start_of_path(eps, cond, t_max), eps, at)
+    return _end_of_path(view, start, cond, view.schedule.grid(steps) * t_max)
 
 
 def _end_of_path(view: TeacherView, x: Tensor, cond: Cond, times: Tensor) -> Tensor:

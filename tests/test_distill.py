@@ -203,6 +203,7 @@ def test_overwrite_replaces_an_earlier_run(settings: dict[str, object], tmp_path
         ({"negative_prompt": "blurry"}, "takes no prompts"),
         ({"student.max_gain": 1.0, "student.t_min": 0.5}, "no time range"),
         ({"student.max_gain": 1.0}, "no time range"),
+        ({"student.path_start": "noise"}, r"paths begin at t = 0\.\d\d\."),
     ],
 )
 def test_what_the_teacher_cannot_honour_is_refused(

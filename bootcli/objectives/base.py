@@ -159,12 +159,6 @@ def every(batch_size: int, n: int) -> Tensor:
     return chosen / chosen.mean()
 
 
-def path_start(teacher: TeacherView, eps: Tensor, cond: Cond, t_max: float) -> Tensor:
-    """y(eps, t_max): ``f(sigma * eps, t_max)``, where every path begins; shape of ``eps``."""
-    t = torch.full((len(eps),), t_max, dtype=torch.float64)
-    return teacher.x0(like(teacher.schedule(t).sigma, eps) * eps, t, cond)
-
-
 def at_boundary(
     student: Student, teacher: TeacherView, draw: PathDraw, cond: Cond, times: Tensor, t_max: float, power: float
 ) -> tuple[Tensor, Tensor]:
@@ -176,7 +170,7 @@ def at_boundary(
         draw: b samples.
         cond: their conditions.
         times: (b,).
-        t_max: where the path starts; x there is ``sigma * eps``.
+        t_max: where the path starts; see `TeacherView.start_of_path`.
         power: of the `adaptive` weight of each error.
 
     Returns:
@@ -188,7 +182,7 @@ def at_boundary(
     t_start = torch.full((len(anchors),), t_max, dtype=torch.float64)
     f_start = start  # a small share of the batch may have no anchor
     if len(anchors):
-        f_start = path_start(teacher, start, cond.rows(anchors), t_max)
+        f_start = teacher.start_of_path(start, cond.rows(anchors), t_max)
     y = student(torch.cat([draw.eps, start]), torch.cat([times, t_start]), cond.then(cond.rows(anchors)))
     y_times, y_start = y.split([len(draw.eps), len(anchors)])
     square = (y_start - f_start).square().flatten(1).mean(1)

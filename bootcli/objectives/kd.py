@@ -17,7 +17,7 @@ from bootcli.config import PathsConfig
 from bootcli.deck import Pool
 from bootcli.engine import Engine
 from bootcli.maths.signal_ode import solve
-from bootcli.objectives.base import Ends, Objective, Terms, adaptive, conditions, path_start
+from bootcli.objectives.base import Ends, Objective, Terms, adaptive, conditions
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond, Conditions
 from bootcli.teachers.view import TeacherView
@@ -113,7 +113,7 @@ class KD(Objective[KDDraw]):
 
         points = []
         with engine.autocast():
-            y = path_start(self.teacher, eps, cond, self.t_max)
+            y = self.teacher.start_of_path(eps, cond, self.t_max)
             for t, s in self._times.unfold(0, 2, 1):
                 y = solve(denoiser, schedule, y, eps, t.expand(len(y)), s.expand(len(y)), config.solver, steps)
                 points.append(y)

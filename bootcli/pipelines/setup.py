@@ -76,7 +76,7 @@ def teacher_view(
         raise UsageError(f"--negative-prompt: the teacher {config.teacher} takes no prompts.")
     if not config.guided:
         _check_unguided(config)
-        return TeacherView(teacher)
+        return TeacherView(teacher, path_start=config.student.path_start)
     guidance, scale = config.guidance, sampling_scale(config, guidance_scale)
     if teacher.spec.conditioning == "none":
         flag = "--guidance-scale" if config.guidance_range is None else "--guidance-range"
@@ -90,6 +90,7 @@ def teacher_view(
         guidance.interval,
         rescale=guidance.rescale,
         one_batch=guidance.one_batch,
+        path_start=config.student.path_start,
         levels=1 if config.guidance_range is None else LEVELS,
     )
 
@@ -270,6 +271,11 @@ def start_time(teacher: Teacher, config: DistillConfig) -> float:
     t_max = schedule.largest_t(student.max_gain) if teacher.spec.prediction == "eps" else 1.0
     if t_max < student.t_min + 0.01:
         raise UsageError(f"student.max_gain {student.max_gain} leaves no time range above t_min {student.t_min}.")
+    if student.path_start == "noise" and t_max < 1:
+        raise UsageError(
+            f"student.path_start=noise: with student.max_gain {student.max_gain:g} paths begin at t = {t_max:.2f}.",
+            "Raise student.max_gain, or take student.path_start=estimate.",
+        )
     return t_max
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,10 @@ from bootcli.maths.broadcast import like
 from bootcli.maths.guidance import guide
 from bootcli.maths.prediction import to_x0
 from bootcli.maths.schedule import Schedule
+from bootcli.maths.signal_ode import to_signal
 from bootcli.teachers.protocol import Cond, Teacher
+
+PathStart = Literal["estimate", "noise"]
 
 
 class TeacherView:
@@ -24,6 +28,7 @@ class TeacherView:
         interval: levels ``sigma / (alpha + sigma)`` at which it is guided (Kynkäänniemi et al. 2024, arXiv 2404.07724).
         rescale: see `bootcli.maths.guidance.guide`.
         one_batch: both branches in one call of the network, or one after the other.
+        path_start: see `start_of_path`.
         levels: of w, that numbers of conditions carry (`bootcli.teachers.guided_pool`); 1: none, w is the same for all.
 
     A condition that says w is guided by that instead, where there is guidance.
@@ -38,6 +43,7 @@ class TeacherView:
         *,
         rescale: float = 0.0,
         one_batch: bool = True,
+        path_start: PathStart = "estimate",
         levels: int = 1,
     ) -> None:
         if guidance_scale != 1.0 and negative is None:
@@ -48,6 +54,7 @@ class TeacherView:
         self.interval = interval
         self.rescale = rescale
         self.one_batch = one_batch
+        self.path_start = path_start
         self.levels = levels
 
     def within(self, interval: tuple[float, float]) -> TeacherView:
@@ -81,6 +88,20 @@ class TeacherView:
             guided = guide(conditional, unconditional, scale, self.rescale)
             prediction = torch.where(like(inside, guided) > 0, guided, conditional)
         return spec.threshold(to_x0(spec.prediction, prediction, x_t.float(), spec.schedule(t)))
+
+    def start_of_path(self, eps: Tensor, cond: Cond, t_max: float) -> Tensor:
+        """y(eps, t_max), where every path begins; shape of ``eps``.
+
+        ``estimate`` is BOOT's boundary, f(sigma * eps, t_max) (Gu et al. 2023, section 3.2): right for a path of all
+        times that is cut at t_max. ``noise`` is the y of x = prior_scale * eps, as samplers begin. Where
+        alpha is 0 both begin the same path; where a schedule keeps some signal at t = 1, as Stable Diffusion's does,
+        they differ.
+        """
+        t = torch.full((len(eps),), t_max, dtype=torch.float64)
+        at = self.schedule(t)
+        if self.path_start == "noise" and float(at.alpha[0]) > 0:
+            return to_signal(self.schedule.prior_scale * eps, eps, at)
+        return self.x0(like(at.sigma, eps) * eps, t, cond)
 
     def _branches(self, x_t: Tensor, t: Tensor, cond: Cond, negative: Cond) -> tuple[Tensor, Tensor]:
         """The raw predictions with and without the condition, each (b, ...)."""

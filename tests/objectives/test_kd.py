@@ -10,8 +10,9 @@ import torch
 from bootcli.closed_form import GaussianMixtureTeacher, GaussianTeacher
 from bootcli.config import PathsConfig
 from bootcli.engine import Engine
-from bootcli.maths.schedule import CosineVP
+from bootcli.maths.schedule import CosineVP, vp_table
 from bootcli.objectives.kd import FIRST_FILL, KD, KDDraw
+from bootcli.sampler import teacher_endpoint
 from bootcli.teachers.protocol import Cond
 from bootcli.teachers.view import TeacherView
 from tests.objectives.closed import DDPM, MEAN, Exact
@@ -46,6 +47,25 @@ def test_targets_are_points_of_the_exact_paths(points: int) -> None:
     assert errors[0] < 0.02
     assert errors[0] / errors[1] > 2.5
     assert errors[1] / errors[2] > 2.5
+
+
+def test_a_path_from_noise_alone_ends_where_the_flow_leads() -> None:
+    """A schedule that keeps some signal at t = 1, as Stable Diffusion's: samplers begin with x = eps all the same."""
+    schedule, mean, std = vp_table(torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square()), 2.0, 0.5
+    teacher = GaussianTeacher(torch.full((1, 2, 2), mean), std, schedule)
+    alpha, sigma = (float(each) for each in schedule(torch.ones(1, dtype=torch.float64)))
+    ends = {}
+    for start in ("noise", "estimate"):
+        view = TeacherView(teacher, path_start=start)
+        kd = renewed(KD(PathsConfig(teacher_steps=200), 0.0, view, 0.0, 1.0, Cond()), 1)
+        batch = draw(kd)
+        ends[start] = batch.points
+        begun = {"noise": batch.eps, "estimate": sigma * batch.eps + alpha * view.start_of_path(batch.eps, Cond(), 1.0)}
+        expected = mean + std * (begun[start] - alpha * mean) / (alpha**2 * std**2 + sigma**2) ** 0.5
+        torch.testing.assert_close(batch.points, expected, rtol=0, atol=2e-3)
+        again = teacher_endpoint(view, batch.eps, Cond(), 1.0, 1000)
+        torch.testing.assert_close(again, expected, rtol=0, atol=1e-2)
+    assert float((ends["estimate"] - ends["noise"]).mean()) == pytest.approx(alpha * mean * std, rel=0.1)
 
 
 @pytest.mark.parametrize(("power", "expected"), [(0.0, 0.25), (0.5, 0.5), (1.0, 1.0)])
