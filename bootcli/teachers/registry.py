@@ -238,4 +238,7 @@ def _unknown(name: str, families: Sequence[Installed]) -> UsageError:
 
 
 def _did_you_mean(near: Sequence[str], otherwise: str) -> str:
-    return f"Did you mean {' or '.join(near)}?" if near else otherwise
+    if not near:
+        return otherwise
+    *others, last = near
+    return f"Did you mean {', '.join(others)} or {last}?" if others else f"Did you mean {last}?"

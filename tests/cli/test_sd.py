@@ -145,6 +145,28 @@ def test_without_prompts_it_takes_its_own(cli: Cli, tiny_sd: Path, tmp_path: Pat
     assert (tmp_path / "run" / "prompts.jsonl").read_text().count("\n") == 200
 
 
+def test_one_step_of_fashion_sd_is_what_was_asked_for(cli: Cli, tmp_path: Path) -> None:
+    """The embedded text-to-image teacher, a fortieth of its recipe, with prompts of a user and with its own."""
+    few = ["--steps", "60", "--preview-every", "0", "--set", "preview_teacher_steps=2", "--set", "watch.every=0"]
+    done = cli("distill", "--teacher", "fashion-sd", "--output", "run", *few)
+    assert done.returncode == 0, done.stderr
+    metrics = ["--metric", "fid", "--metric", "accuracy", "-n", "300", "--teacher-steps", "1"]
+    done = cli("evaluate", "run", *metrics, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    student, (teacher,) = found["student"], found["teacher"]
+    assert (student["nfe"], teacher["nfe"]) == (1, 2)
+    assert student["fid"] < teacher["fid"]
+    assert student["accuracy"] > 0.5
+    done = cli("sample", "run", "--prompt", "a red dress on the left", "--json")
+    assert done.returncode == 0, done.stderr
+    (file,) = json.loads(done.stdout)["files"]
+    with Image.open(file) as image:
+        red, green, _ = torch.tensor(image.convert("RGB").getdata()).double().reshape(32, 32, 3)[:, :16].mean((0, 1))
+        assert image.size == (32, 32)
+    assert red > green
+
+
 def test_without_a_network_the_way_out_is_said_at_once(cli: Cli) -> None:
     done = cli("distill", "--teacher", "sd15", HF_HUB_OFFLINE="1", HF_HOME="/nonexistent")
     assert done.returncode == 1

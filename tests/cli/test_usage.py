@@ -20,7 +20,7 @@ from .conftest import Cli, environment, processor_seconds
 Heavy = Callable[..., tuple[int, str, list[str]]]
 
 WRONG = {
-    "distill --teacher fasion": "Did you mean fashion or fashion-edm?",
+    "distill --teacher fasion": "Did you mean fashion, fashion-sd or fashion-edm?",
     "distill --teacher ./missing": "./missing does not exist",
     "distill --steps 0": "steps = 0",
     "distill --steps many": "--steps",
@@ -54,7 +54,7 @@ WRONG = {
     "evaluate --metric pr --max-fid 3": "Add --metric fid",
     "export missing": "There is no run missing",
     "export full --output full": "full is not empty",
-    "teachers fasion": "Did you mean fashion or fashion-edm?",
+    "teachers fasion": "Did you mean fashion, fashion-sd or fashion-edm?",
     "teachers ddpm:fasion": "Did you mean fashion?",
     "teachers nonsense": "Unknown teacher 'nonsense'",
 }
