@@ -319,7 +319,7 @@ def trained(bench: Bench, run: Path, settings: dict[str, object], seed: int) -> 
             for row in (result["student"], *result["student_in_more_calls"])
         ],
         "mixed_precision": RunDir(run).config().mixed_precision,
-        "settings": dict(flatten(to_dict(config))),
+        "settings": dict(flatten(to_dict(config))) | {"prompts": config.prompts and Path(config.prompts).name},
     }
 
 
