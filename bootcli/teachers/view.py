@@ -76,8 +76,7 @@ class TeacherView:
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """`x0`, with a gradient for x_t where that asks for one."""
         spec, teacher = self.teacher.spec, self.teacher
-        inside = self._inside(t)
-        if self.negative is None or not inside.any():
+        if self.negative is None or not (inside := self._inside(t)).any():
             prediction = teacher.predict(teacher.net, x_t, t, cond)
         else:
             negative = cond.negative

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bootcli_sd import family
-from bootcli_sd.teacher import build, load
+from bootcli_sd.teacher import PACKAGE, build, load
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
@@ -149,6 +149,13 @@ def test_a_student_needs_its_teachers_other_parts(make_folder: MakeFolder) -> No
     for use in (partial(gone.condition, ["a shoe"]), partial(gone.decode, torch.zeros(1, 4, 8, 8))):
         with pytest.raises(BootError, match="is gone"):
             use()
+
+
+def test_a_student_of_the_embedded_teacher_survives_a_new_installation() -> None:
+    """What it keeps is the place in the package, wherever that is installed."""
+    config = load(PACKAGE / "fashion").config()
+    assert config["home"] == "fashion"
+    assert build(config).recipe()["prompts"] == str(PACKAGE / "fashion" / "prompts.txt")
 
 
 def test_a_student_finds_its_teacher_of_the_hub_in_another_cache(
