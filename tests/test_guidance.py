@@ -266,6 +266,13 @@ def test_the_view_has_all_settings() -> None:
     assert (baked.guidance_scale, baked.levels, baked.rescale) == (3.0, 1, 0.0)
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_view_begins_paths_as_the_student_does(scale: float) -> None:
+    for start in ("estimate", "noise"):
+        config = DistillConfig(guidance_scale=scale, student=StudentConfig(path_start=start))  # type: ignore[arg-type]
+        assert teacher_view(GuidedTeacher(MEAN, 0.4), config, CPU).path_start == start
+
+
 def test_w_of_samples() -> None:
     takes = DistillConfig(guidance_range=(0.0, 8.0))
     assert [sampling_scale(takes, wanted) for wanted in (None, 0.0, 8.0)] == [4.0, 0.0, 8.0]
