@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from bootcli.critic import Critic
 from bootcli.deck import Pool
 from bootcli.errors import UsageError
 from bootcli.judge import Judge
-from bootcli.objectives.adversary import Adversary, AdversaryDraw
+from bootcli.objectives.adversary import Adversary, AdversaryDraw, Judged
 from bootcli.objectives.base import Objective, Terms
 from bootcli.objectives.corrector import Corrector, CorrectorDraw
 from bootcli.objectives.kd import KD, KDDraw
@@ -159,7 +159,7 @@ class Draws:
     correction: CorrectorDraw | None
     refinement: RefinerDraw | None
     replay: KDDraw | None
-    adversary: AdversaryDraw | None
+    adversary: Mapping[str, AdversaryDraw]
 
 
 @dataclass
@@ -206,21 +206,18 @@ class Batch:
     ) -> None:
         self.work, self.config, self.companions, self.sizes, self.step = work, config, companions, sizes, step
         prediction = work.objective.draw(generator, sizes.prediction, pool, progress)
-        correction = refinement = replay = adversary = None
+        correction = refinement = replay = None
         if work.corrector is not None and sizes.correction:
             correction = work.corrector.draw(generator, sizes.correction, pool)
         if work.refiner is not None:
             refinement = work.refiner.draw(generator, sizes.refinement, pool)
         if work.replay is not None:
             replay = work.replay.draw(generator, sizes.replay, pool, progress)
+        adversary = {}
         if work.adversary is not None and "judge" in companions:
-            adversary = work.adversary.draw(generator, getattr(sizes, self._judged))
+            judged = {part: getattr(sizes, part) for part in (work.adversary.beside, "refinement")}
+            adversary = {part: work.adversary.draw(generator, size) for part, size in judged.items() if size}
         self.draws = Draws(prediction, correction, refinement, replay, adversary)
-
-    @property
-    def _judged(self) -> str:
-        """The part that is regressed on the paths whose ends are judged."""
-        return "prediction" if self.work.adversary is None else self.work.adversary.beside
 
     def micro_batch(self, student: Any, index: int, device: torch.device) -> MicroBatch:
         """Micro-batch ``index`` of all, on a device; ``student`` as the engine prepared it."""
@@ -246,17 +243,19 @@ class Batch:
             self._correct(batch, work.corrector, student, given, all_rows)
         if work.refiner is not None and (given := mine(work.refiner, draws.refinement, "refinement")) is not None:
             refinement = work.refiner.loss(student, *given)
-            batch.loss = batch.loss + refinement * self._weight("refinement", all_rows)
-            batch.parts["refinement"] = refinement.detach()
+            batch.loss = batch.loss + refinement.loss * self._weight("refinement", all_rows)
+            batch.parts |= refinement.parts
+            regressed["refinement"] = refinement, given[1]
         if work.replay is not None and (given := mine(work.replay, draws.replay, "replay")) is not None:
             replay = work.replay.loss(student, *given)
             batch.loss = batch.loss + replay.loss * self._weight("replay", all_rows)
             batch.parts["replay"] = replay.loss.detach()
             regressed["replay"] = replay, given[1]
-        if work.adversary is not None and draws.adversary is not None and self._judged in regressed:
-            rows = all_rows[self._judged]
-            draw = work.adversary.take(draws.adversary, rows, device)
-            self._judge(batch, work.adversary, *regressed[self._judged], draw, all_rows)
+        if work.adversary is not None:
+            taken = {name: work.adversary.take(draw, all_rows[name], device) for name, draw in draws.adversary.items()}
+            judged = [(*regressed[name], draw) for name, draw in taken.items() if name in regressed]
+            if judged:
+                self._judge(batch, work.adversary, judged)
         return batch
 
     def _weight(self, part: str, rows: Mapping[str, slice], *, of_all: bool = True) -> float:
@@ -288,26 +287,27 @@ class Batch:
             batch.loss = batch.loss + kappa * correction.student * self._weight("correction", rows)
 
     def _judge(
-        self,
-        batch: MicroBatch,
-        adversary: Adversary,
-        regression: Terms,
-        cond: Cond,
-        draw: AdversaryDraw,
-        rows: Mapping[str, slice],
+        self, batch: MicroBatch, adversary: Adversary, parts: Sequence[tuple[Terms, Cond, AdversaryDraw]]
     ) -> None:
-        """Add the adversary's loss."""
-        assert regression.ends is not None, "it stands beside a regression on stored paths"
+        """Add the adversary's loss: of the ends of stored paths, and of what is refined."""
         judge = self.companions["judge"]
         listens = judge.is_heard(self.step)
-        if not len(regression.ends.rows):
-            batch.pulls |= {"judge": (regression.pull, regression.pull[:0])} if listens else {}
+        pull = torch.cat([terms.pull for terms, _, _ in parts])
+        judged = [Judged(terms.ends, draw, cond) for terms, cond, draw in parts if terms.ends is not None]
+        if not any(len(each.ends.rows) for each in judged):
+            batch.pulls |= {"judge": (pull, pull[:0])} if listens else {}
             return
-        verdict = adversary.loss(judge.prepared, regression.ends, draw, cond, listens=listens)
-        batch.loss = batch.loss + verdict.judge * self._weight(self._judged, rows, of_all=False)
+        verdict = adversary.loss(judge.prepared, judged, listens=listens)
+        count = sum(each.ends.count for each in judged) * self.sizes.shares
+        batch.loss = batch.loss + verdict.judge * count / self._ends(adversary)
         batch.parts["judge"] = verdict.judge.detach()
         if listens:
             kappa = adversary.balance * judge.balance.ratio
-            share = regression.ends.count * self.sizes.shares / self.sizes.whole
-            batch.loss = batch.loss + kappa * verdict.student * share
-            batch.pulls["judge"] = regression.pull, verdict.pull
+            batch.loss = batch.loss + kappa * verdict.student * count / self.sizes.whole
+            batch.pulls["judge"] = pull, verdict.pull
+
+    def _ends(self, adversary: Adversary) -> float:
+        """How many samples of the whole batch are judged, on average."""
+        paths = self.config.kd if adversary.beside == "prediction" else self.config.replay
+        beside: int = getattr(self.sizes, adversary.beside)
+        return beside / paths.points + self.sizes.refinement

@@ -11,6 +11,7 @@ import difflib
 import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -386,16 +387,17 @@ def read_file(path: Path) -> dict[str, object]:
 
 
 def read_overrides(items: Iterable[str]) -> dict[str, object]:
-    """Dotted settings from ``key=value`` words; values are TOML (``true``, ``0.1``, ``[1, 2]``), else plain text."""
+    """Dotted settings from ``key=value`` words; values are TOML (``true``, ``0.1``, ``[1, 2]``, ``1,2``), else text."""
     overrides: dict[str, object] = {}
     for item in items:
         key, separator, text = item.partition("=")
         if not separator:
             raise UsageError(f"--set {item}: expected key=value.", "For example: --set boot.delta=0.1")
-        try:
-            overrides[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            overrides[key.strip()] = text
+        overrides[key.strip()] = text
+        for value in (text, *([f"[{text}]"] if "," in text else [])):
+            with suppress(tomllib.TOMLDecodeError):
+                overrides[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+                break
     _check_keys(overrides.items())
     return overrides
 

@@ -7,7 +7,7 @@ own features, as in LADD (Sauer et al. 2024, arXiv 2403.12015), whose heads also
 
 | code | paper | meaning |
 |---|---|---|
-| samples, points | G(z), x | the student's, and the teacher's from the same noise |
+| samples, points | G(z), x | the student's, and the teacher's from the same start |
 | tau, noise | t, eps | what both are noised with |
 | logits | D | how sure the judge is that a sample is the teacher's |
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -46,13 +47,28 @@ class AdversaryDraw:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """Samples to judge.
+
+    Args:
+        ends: k of b samples.
+        draw: for all b.
+        cond: conditions of all b.
+    """
+
+    ends: Ends
+    draw: AdversaryDraw
+    cond: Cond
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The value of the adversary on one batch.
 
     Args:
         student: scalar, with gradient for the student; not yet balanced.
         judge: scalar, with gradient for the judge.
-        pull: as in `bootcli.objectives.base.Terms`, (b,).
+        pull: as in `bootcli.objectives.base.Terms`, of each end, (k,).
     """
 
     student: Tensor
@@ -95,23 +111,23 @@ class Adversary:
         """The rows of a draw, with the noise on a device."""
         return AdversaryDraw(draw.tau[rows], draw.noise[rows].to(device))
 
-    def loss(self, judge: nn.Module, ends: Ends, draw: AdversaryDraw, cond: Cond, *, listens: bool) -> Verdict:
+    def loss(self, judge: nn.Module, judged: Sequence[Judged], *, listens: bool) -> Verdict:
         """Both losses; neither network gets a gradient from the other's.
 
         The judge is called once, on the student's and the teacher's ends.
 
         Args:
             judge: logits (b, places) of each map of features.
-            ends: k of b samples.
-            draw: from `draw`, for all b.
-            cond: conditions of all b.
+            judged: samples of one or more parts of a batch.
             listens: whether the student needs a gradient.
         """
-        k, tau, noise, cond = len(ends.rows), draw.tau[ends.rows], draw.noise[ends.rows], cond.rows(ends.rows)
-        at = self.features.teacher.spec.schedule(tau)
-        samples = ends.samples.detach().requires_grad_(listens)
+        count, own = sum(each.ends.count for each in judged), torch.cat([each.ends.samples for each in judged])
+        tau = torch.cat([each.draw.tau[each.ends.rows] for each in judged])
+        noise = torch.cat([each.draw.noise[each.ends.rows] for each in judged])
+        cond = reduce(Cond.then, (each.cond.rows(each.ends.rows) for each in judged))
+        k, at, samples = len(own), self.features.teacher.spec.schedule(tau), own.detach().requires_grad_(listens)
         with torch.no_grad():
-            real = self.features(from_signal(ends.points, noise, at), tau, cond)
+            real = self.features(from_signal(torch.cat([each.ends.points for each in judged]), noise, at), tau, cond)
         fake = self.features(from_signal(samples, noise, at), tau, cond)
         # New leaves: the judge's loss stops at the features, the student's goes on from there to its samples.
         seen = [each.detach().requires_grad_(listens) for each in fake]
@@ -127,6 +143,6 @@ class Adversary:
             # Times the number of values, which the mean over them below divides by: half precision needs the room.
             onto = torch.autograd.grad(persuasion.sum() * samples[0].numel(), seen, retain_graph=True)
             (gradient,) = torch.autograd.grad(fake, samples, onto)
-        along = (ends.samples * gradient).flatten(1).mean(1)  # has the gradient, as a direction for the student
-        student = (persuasion.detach() + along - along.detach()).sum() / ends.count
-        return Verdict(student, told.sum() / ends.count, gradient.square().flatten(1).mean(1).sqrt())
+        along = (own * gradient).flatten(1).mean(1)  # has the gradient, as a direction for the student
+        student = (persuasion.detach() + along - along.detach()).sum() / count
+        return Verdict(student, told.sum() / count, gradient.square().flatten(1).mean(1).sqrt())

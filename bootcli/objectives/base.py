@@ -40,7 +40,7 @@ class Ends:
     Args:
         rows: which samples of the batch are ends, (k,), int64.
         samples: the student's, (k, c, h, w), with gradient.
-        points: the teacher's from the same noise, (k, c, h, w).
+        points: the teacher's from the same start, (k, c, h, w).
         count: k on average, for a batch of this size.
     """
 
@@ -61,7 +61,7 @@ class Terms:
         t: the time of each residual, shape (b,).
         pull: root mean square of the gradient of each sample's loss at the student's output (times its number of
             values), shape (b,), detached: what a corrector and an adversary are balanced against.
-        ends: of an objective that has stored paths.
+        ends: of an objective that knows where the teacher's paths end.
     """
 
     loss: Tensor

@@ -2,7 +2,8 @@
 
 With it one student samples in 1, 2 or more calls: draw, noise to a lower level, draw again from there (the multistep
 sampling of consistency models, Song et al. 2023, arXiv 2303.01469, algorithm 1). Data-free: the samples that are noised
-are the student's own, as in DMD2 (Yin et al. 2024, arXiv 2405.14867, section 4.5).
+are the student's own, as in DMD2 (Yin et al. 2024, arXiv 2405.14867, section 4.5). Where the run has an adversary, it
+judges the refined samples too: regression alone takes some variety away with each call.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from bootcli.config import RefinerConfig
 from bootcli.deck import Pool
 from bootcli.maths.signal_ode import from_signal, solve
-from bootcli.objectives.base import adaptive, conditions
+from bootcli.objectives.base import Ends, Terms, adaptive, conditions
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond
 from bootcli.teachers.view import TeacherView
@@ -69,8 +70,8 @@ class Refiner:
         """The rows of a draw, with the noise on a device."""
         return RefinerDraw(draw.eps[rows].to(device), draw.rows[rows], draw.start[rows], draw.noise[rows].to(device))
 
-    def loss(self, student: Student, draw: RefinerDraw, cond: Cond) -> Tensor:
-        """Weighted squared error of the student, from its own noised sample, to the end of the teacher's path there."""
+    def loss(self, student: Student, draw: RefinerDraw, cond: Cond) -> Terms:
+        """The weighted squared error of the student, from its own noised sample, to the end of the teacher's path."""
         t_min = torch.full_like(draw.start, self.t_min)
 
         def denoiser(x: Tensor, at: Tensor) -> Tensor:
@@ -84,4 +85,8 @@ class Refiner:
             end = solve(denoiser, schedule, sample, draw.noise, draw.start, t_min, config.solver, config.teacher_steps)
         y: Tensor = student(x, t_min, cond, draw.start)
         square = (y - end).square().flatten(1).mean(1)
-        return (adaptive(square, self.power) * square).mean()
+        weight = adaptive(square, self.power)
+        loss = (weight * square).mean()
+        pull = 2 * weight * square.detach().sqrt()
+        ends = Ends(torch.arange(len(y)), y, end, len(y))
+        return Terms(loss, {"refinement": loss.detach()}, square.detach(), draw.start, pull, ends)

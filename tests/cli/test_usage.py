@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bootcli.cli.common import fail, integers, print_json, to_toml
-from bootcli.config import DistillConfig, to_dict
+from bootcli.config import DistillConfig, read_overrides, to_dict
 from bootcli.errors import BootError, Interrupted, UsageError
 
 from .conftest import Cli, environment, processor_seconds
@@ -187,3 +187,18 @@ def test_settings_survive_a_config_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(to_toml(to_dict(config), {"time": "1 s"}), encoding="utf-8")
     assert resolve(read_file(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("guidance.interval=0,0.75", [0, 0.75]),
+        ("guidance.interval=[0, 0.75]", [0, 0.75]),
+        ("boot.delta=0.1", 0.1),
+        ("watch.reference=fashion", "fashion"),
+        ("prompts=one, two.txt", "one, two.txt"),
+        ('prompts="1,2"', "1,2"),
+    ],
+)
+def test_overrides_are_toml_or_numbers_with_commas_or_text(word: str, value: object) -> None:
+    assert list(read_overrides([word]).values()) == [value]

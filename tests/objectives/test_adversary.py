@@ -18,7 +18,7 @@ from bootcli.errors import UsageError
 from bootcli.judge import Features, Judge, make_judge
 from bootcli.maths.schedule import CosineVP
 from bootcli.maths.signal_ode import from_signal
-from bootcli.objectives.adversary import Adversary, AdversaryDraw, Verdict
+from bootcli.objectives.adversary import Adversary, AdversaryDraw, Judged, Verdict
 from bootcli.objectives.base import Ends
 from bootcli.teachers.protocol import Cond, Teacher
 from tests.objectives.closed import MEAN
@@ -43,7 +43,7 @@ def ends_of(samples: Tensor, points: Tensor) -> Ends:
 
 def judged(part: Adversary, judge: nn.Module, ends: Ends, seed: int = 0, *, listens: bool = True) -> Verdict:
     draw = part.draw(torch.Generator().manual_seed(seed), len(ends.samples))
-    return part.loss(judge, ends, draw, Cond(), listens=listens)
+    return part.loss(judge, [Judged(ends, draw, Cond())], listens=listens)
 
 
 def test_features_are_the_teachers_own(tiny_teacher: Teacher) -> None:
@@ -100,7 +100,7 @@ def test_losses_are_those_of_the_non_saturating_gan() -> None:
     told = softplus(-logits(points)).mean() + softplus(logits(samples.detach())).mean()
     of_judge = torch.autograd.grad(told, list(judge.parameters()))
 
-    verdict = part.loss(judge, ends_of(samples, points), draw, Cond(), listens=True)
+    verdict = part.loss(judge, [Judged(ends_of(samples, points), draw, Cond())], listens=True)
     assert verdict.student.item() == pytest.approx(persuasion.item(), rel=1e-5)
     assert verdict.judge.item() == pytest.approx(told.item(), rel=1e-5)
     (verdict.student + verdict.judge).backward()
@@ -168,15 +168,23 @@ def test_ends_keep_their_noise_and_conditions() -> None:
     samples, points = (torch.randn(6, 1, 8, 8) for _ in range(2))
     cond, draw = teacher.condition([0, 1, 1, 0, 1, 0]), part.draw(torch.Generator().manual_seed(0), 6)
     rows = torch.tensor([1, 3, 4])
-    some = part.loss(judge, Ends(rows, samples[rows], points[rows], 2.0), draw, cond, listens=True)
+    some = part.loss(judge, [Judged(Ends(rows, samples[rows], points[rows], 2.0), draw, cond)], listens=True)
     same, own = ends_of(samples[rows], points[rows]), AdversaryDraw(draw.tau[rows], draw.noise[rows])
     alone, wrong = (
-        part.loss(judge, same, own, teacher.condition(labels), listens=True) for labels in ([1, 0, 1], [0, 1, 0])
+        part.loss(judge, [Judged(same, own, teacher.condition(labels))], listens=True)
+        for labels in ([1, 0, 1], [0, 1, 0])
     )
     assert some.student.item() == pytest.approx(1.5 * alone.student.item(), rel=1e-5)
     assert some.judge.item() == pytest.approx(1.5 * alone.judge.item(), rel=1e-5)
     assert torch.allclose(some.pull, alone.pull)
     assert not torch.allclose(some.pull, wrong.pull)
+    parts = [Judged(ends_of(samples[a], points[a]), AdversaryDraw(draw.tau[a], draw.noise[a]), cond.rows(a))
+             for a in (rows[:1], rows[1:])]  # fmt: skip
+    both = part.loss(judge, parts, listens=True)
+    assert torch.allclose(both.pull, alone.pull, rtol=1e-4), "parts of a batch are judged as one"
+    assert (both.student.item(), both.judge.item()) == pytest.approx(
+        (alone.student.item(), alone.judge.item()), rel=1e-5
+    )
 
 
 def test_features_know_nothing_of_a_lora_critic(tiny_teacher: Teacher) -> None:

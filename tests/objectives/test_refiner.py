@@ -44,7 +44,7 @@ def loss(teacher: GaussianTeacher, teacher_steps: int, shift: float = 0.0, power
     part, student = refiner(teacher, teacher_steps, power), Ideal(teacher)
     with torch.no_grad():
         student.shift.fill_(shift)
-    return float(part.loss(student, part.draw(torch.Generator().manual_seed(0), 300, 1), Cond()).detach())  # type: ignore[arg-type]
+    return float(part.loss(student, part.draw(torch.Generator().manual_seed(0), 300, 1), Cond()).loss.detach())  # type: ignore[arg-type]
 
 
 def test_ideal_student_has_no_loss_but_the_solvers() -> None:

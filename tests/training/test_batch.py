@@ -60,39 +60,66 @@ def test_judge_sees_an_end_with_the_condition_of_its_path(class_teacher: Teacher
     assert isinstance(paths, KD)
     loss, seen = work.adversary.loss, set()
 
-    def watched(judge: Any, ends: Any, draw: Any, cond: Any, **kwargs: Any) -> object:
-        for row, point in zip(ends.rows, ends.points, strict=True):
+    def watched(judge: Any, judged: Any, **kwargs: Any) -> object:
+        (each,) = judged
+        for row, point in zip(each.ends.rows, each.ends.points, strict=True):
             stored = [torch.equal(point, points[-1]) for points in paths._points].index(True)
-            (label,) = cond.rows(row[None]).tensors["labels"].tolist()
+            (label,) = each.cond.rows(row[None]).tensors["labels"].tolist()
             assert label == (1, 3)[int(paths._rows[stored])]
             seen.add(label)
-        return loss(judge, ends, draw, cond, **kwargs)
+        return loss(judge, judged, **kwargs)
 
     work.adversary.loss = watched  # type: ignore[method-assign]
     list(trainer.run())
     assert seen == {1, 3}
 
 
-@pytest.mark.parametrize(("objective", "ends"), [("boot", 1), ("kd", 8)])
+@pytest.mark.parametrize(("objective", "refined", "ends"), [("boot", 0, 1), ("kd", 0, 8), ("boot", 2, 3), ("kd", 2, 8)])
 def test_the_adversary_weighs_as_much_as_the_samples_it_judges(
-    tiny_teacher: Teacher, objective: str, ends: int
+    tiny_teacher: Teacher, objective: str, refined: int, ends: int
 ) -> None:
-    """Its balance times its loss of each end, in the mean over the whole batch."""
+    """Its balance times its loss of each end, in the mean over the whole batch; what is refined are ends too."""
     settings: dict[str, object] = {"objective": objective, "kd.teacher_steps": 2, "replay.teacher_steps": 4}
+    settings |= {"refiner.share": refined / 8}
     settings |= {"replay.share": 0.5} if objective == "boot" else {}
     work, trainer = build(tiny_teacher, config_of(**settings, **{ADVERSARIES[objective]: 0.5}))
     (work.replay or work.objective).renew(torch.Generator().manual_seed(0), 8, 1, 0, trainer.engine)
     assert work.adversary is not None
     judge: Any = SimpleNamespace(prepared=work.judge, is_heard=lambda step: True, balance=SimpleNamespace(ratio=3.0))
     losses = []
-    for student in (0.0, 1.0):
-        work.adversary.loss = lambda *_, student=student, **__: Verdict(  # type: ignore[method-assign, misc]
-            torch.tensor(student), torch.tensor(0.0), torch.ones(ends)
+    for student, told in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
+        work.adversary.loss = lambda *_, student=student, told=told, **__: Verdict(  # type: ignore[method-assign, misc]
+            torch.tensor(student), torch.tensor(told), torch.ones(ends)
         )
         generator = torch.Generator().manual_seed(0)
         batch = Batch(work, work.config, {"judge": judge}, trainer.parts, 1, 0.0, generator, 1)
         losses.append(float(batch.micro_batch(work.student, 0, torch.device("cpu")).loss.detach()))
     assert losses[1] - losses[0] == pytest.approx(0.5 * 3.0 * ends / 8, rel=1e-4)
+    assert losses[2] - losses[0] == pytest.approx(1.0, rel=1e-4), "the judge learns from the mean over all it sees"
+
+
+def test_what_is_refined_is_judged_from_where_it_started(tiny_teacher: Teacher) -> None:
+    """Against the end of the teacher's path from the same noised sample."""
+    settings: dict[str, object] = {"objective": "kd", "kd.teacher_steps": 2, "refiner.share": 0.25, "kd.adversary": 0.5}
+    work, trainer = build(tiny_teacher, config_of(**settings, steps=1))
+    assert work.adversary is not None
+    assert work.refiner is not None
+    loss, refine, regressed, seen = work.adversary.loss, work.refiner.loss, [], []
+
+    def refined(*given: Any) -> Any:
+        regressed.append(refine(*given))
+        return regressed[-1]
+
+    def watched(judge: Any, judged: Any, **kwargs: Any) -> object:
+        seen.append([each.ends for each in judged])
+        return loss(judge, judged, **kwargs)
+
+    work.adversary.loss, work.refiner.loss = watched, refined  # type: ignore[method-assign]
+    list(trainer.run())
+    ((stored, own),) = seen
+    assert (len(stored.samples), len(own.samples)) == (6, 2)
+    assert own is regressed[0].ends
+    assert regressed[0].residual == pytest.approx((own.samples - own.points).detach().square().flatten(1).mean(1))
 
 
 @pytest.mark.parametrize(
