@@ -34,7 +34,7 @@ def test_times_are_spread_over_those_that_were_trained(refined_run: Path) -> Non
     artifact = load_student(refined_run)
     teacher, config = artifact.student.teacher, artifact.config
     t_max = start_time(teacher, config)
-    shares = {1: [], 2: [0.4], 3: [0.6, 0.2], 4: [0.6, 0.4, 0.2]}
+    shares = {1: [], 2: [0.2], 3: [0.4, 0.1], 4: [0.4, 0.2, 0.1]}
     for nfe, expected in shares.items():
         assert refinement_starts(teacher, config, nfe) == pytest.approx([share * t_max for share in expected])
     with pytest.raises(UsageError, match="at most 4"):
