@@ -222,8 +222,8 @@ class RefinerConfig:
 
     share: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Part of the batch that learns to go on from a noised sample; 0: the student samples in one step only."""
-    times: tuple[Annotated[float, Interval(gt=0, lt=1)], ...] = (0.4, 0.2, 0.1)
-    """Times that samples are noised to, falling, as fractions of the time range."""
+    sigmas: tuple[PositiveFloat, ...] = (1.1, 0.5, 0.25)
+    """Noise levels sigma / alpha that samples are noised to, falling."""
     teacher_steps: Positive = 2
     """Teacher steps from there to the end."""
     solver: Solver = "midpoint"

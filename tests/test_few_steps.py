@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from bootcli.pipelines.distill import distill
 from bootcli.pipelines.evaluate import evaluate
 from bootcli.pipelines.sample import sample
 from bootcli.pipelines.settings import resolve_config
-from bootcli.pipelines.setup import refinement_starts, start_time
+from bootcli.pipelines.setup import refinement_starts, refiner_times
 from bootcli.sampler import noises, prior_noise, student_images
 from bootcli.store.artifact import load_student
 from bootcli.teachers.protocol import Cond
@@ -33,12 +34,20 @@ def refined_run(tiny_ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_times_are_spread_over_those_that_were_trained(refined_run: Path) -> None:
     artifact = load_student(refined_run)
     teacher, config = artifact.student.teacher, artifact.config
-    t_max = start_time(teacher, config)
-    shares = {1: [], 2: [0.2], 3: [0.4, 0.1], 4: [0.4, 0.2, 0.1]}
-    for nfe, expected in shares.items():
-        assert refinement_starts(teacher, config, nfe) == pytest.approx([share * t_max for share in expected])
+    levels = {1: [], 2: [0.5], 3: [1.1, 0.25], 4: [1.1, 0.5, 0.25]}
+    for nfe, expected in levels.items():
+        at = teacher.spec.schedule(torch.tensor(refinement_starts(teacher, config, nfe), dtype=torch.float64))
+        assert (at.sigma / at.alpha).tolist() == pytest.approx(expected)
     with pytest.raises(UsageError, match="at most 4"):
         refinement_starts(teacher, config, 5)
+
+
+@pytest.mark.parametrize("sigmas", [(), (0.25, 0.5), (0.5, 0.5), (100.0, 0.5)])
+def test_noise_levels_outside_the_path_are_refused(refined_run: Path, sigmas: tuple[float, ...]) -> None:
+    artifact = load_student(refined_run)
+    config = replace(artifact.config, refiner=replace(artifact.config.refiner, sigmas=sigmas))
+    with pytest.raises(UsageError, match="falling, between 0 and"):
+        refiner_times(artifact.student.teacher, config)
 
 
 def test_each_call_starts_from_the_last_sample_noised_again(refined_run: Path) -> None:

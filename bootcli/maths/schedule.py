@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -54,18 +55,22 @@ class Schedule(ABC):
         """The largest t with ``1 / alpha_t <= max_gain`` (1.0 if that holds everywhere).
 
         An eps-prediction is turned into x_0 with the factor 1 / alpha, so this bounds how much the conversion
-        amplifies the network's error. Found by bisection: alpha falls monotonically in t.
+        amplifies the network's error.
         """
+        return self._largest(lambda at: bool(at.alpha * max_gain >= 1))
 
-        def gain_is_bounded(t: float) -> bool:
-            return float(self(torch.tensor([t], dtype=torch.float64)).alpha) * max_gain >= 1.0
+    def time_of(self, ratio: float) -> float:
+        """The largest t with ``sigma_t / alpha_t <= ratio`` (1.0 if that holds everywhere): that of a noise level."""
+        return self._largest(lambda at: bool(at.sigma <= ratio * at.alpha))
 
-        if gain_is_bounded(1.0):
-            return 1.0
+    def _largest(self, holds: Callable[[Coefficients], bool]) -> float:
+        """The largest t where that holds, by bisection: alpha falls and sigma / alpha rises monotonically in t."""
         low, high = 0.0, 1.0
+        if holds(self(torch.tensor(high, dtype=torch.float64))):
+            return high
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if gain_is_bounded(middle) else (low, middle)
+            low, high = (middle, high) if holds(self(torch.tensor(middle, dtype=torch.float64))) else (low, middle)
         return low
 
 

@@ -8,6 +8,7 @@ judges the refined samples too: regression alone takes some variety away with ea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,22 +44,24 @@ class Refiner:
     """Regression on the teacher's paths from the student's noised samples.
 
     Args:
-        config: times, teacher steps.
+        config: teacher steps.
         power: of the `adaptive` weight of each error.
         teacher: the denoiser f.
         t_min: target time of a sample.
-        t_max: the noisiest time.
+        times: that samples are noised to.
     """
 
-    def __init__(self, config: RefinerConfig, power: float, teacher: TeacherView, t_min: float, t_max: float) -> None:
+    def __init__(
+        self, config: RefinerConfig, power: float, teacher: TeacherView, t_min: float, times: Sequence[float]
+    ) -> None:
         self.config = config
         self.power = power
         self.teacher = teacher
         self.t_min = t_min
-        self.times = torch.tensor([t_min + share * (t_max - t_min) for share in config.times], dtype=torch.float64)
+        self.times = torch.tensor(times, dtype=torch.float64)
 
     def draw(self, generator: torch.Generator, batch_size: int, pool: Pool) -> RefinerDraw:
-        """Start times from the configured ones, in turn."""
+        """Start times in turn."""
         shape = self.teacher.teacher.spec.sample_shape
         eps, noise = (torch.randn(batch_size, *shape, generator=generator) for _ in range(2))
         first = torch.randint(len(self.times), (1,), generator=generator)

@@ -154,7 +154,8 @@ def set_up(
     corrector = Corrector(config.correction, view, config.student.t_min, t_max) if config.corrector else None
     # The parts beside the prediction weigh their errors as it does, so that shares mean what they say.
     power = {"boot": config.boot.power, "freeflow": config.freeflow.power, "kd": config.kd.power}[config.objective]
-    refiner = Refiner(config.refiner, power, view, config.student.t_min, t_max) if config.refiner.share else None
+    times = refiner_times(teacher, config)
+    refiner = Refiner(config.refiner, power, view, config.student.t_min, times) if times else None
     if config.optimizer.compile:
         owners = [student.net, teacher.net, *([] if critic is None else [critic.net])]
         for module in dict.fromkeys([*owners, *([] if judge is None else [judge])]):  # a LoRA's is the teacher's
@@ -244,22 +245,40 @@ def make_objective(config: DistillConfig, view: TeacherView, pool: Conditions, t
             assert_never(config.objective)
 
 
+def refiner_times(teacher: Teacher, config: DistillConfig) -> tuple[float, ...]:
+    """The times of ``refiner.sigmas``; none where nothing is refined.
+
+    Raises `UsageError` for levels that do not fall, or are not those of times within the path.
+    """
+    if not config.refiner.share:
+        return ()
+    sigmas, schedule = config.refiner.sigmas, teacher.spec.schedule
+    times = tuple(schedule.time_of(sigma) for sigma in sigmas)
+    start, end = start_time(teacher, config), config.student.t_min
+    levels = [schedule(torch.tensor(t, dtype=torch.float64)) for t in (end, start)]
+    low, high = (float(level.sigma / level.alpha) for level in levels)
+    if not sigmas or list(sigmas) != sorted(set(sigmas), reverse=True) or not low < sigmas[-1] <= sigmas[0] < high:
+        raise UsageError(
+            f"refiner.sigmas = {list(sigmas)}: give one or more noise levels, falling, between {low:.3g} and "
+            f"{high:.3g}, those of the ends of the path."
+        )
+    return times
+
+
 def refinement_starts(teacher: Teacher, config: DistillConfig, nfe: int) -> tuple[float, ...]:
     """The times that a student trained for few steps goes on from, to sample in ``nfe`` calls: nfe - 1 of its times.
 
     Raises `UsageError` for more calls than it was trained for.
     """
-    times = config.refiner.times if config.refiner.share else ()
+    times = refiner_times(teacher, config)
     if nfe > 1 + len(times):
         trained = f"at most {1 + len(times)}" if times else "one step only"
         raise UsageError(
             f"--nfe {nfe}: this student was trained for {trained}.",
             "" if times else "Distil one for more with: --set refiner.share=0.15",
         )
-    t_max, t_min = start_time(teacher, config), config.student.t_min
     # Spread over all trained times; a single one is the middle.
-    chosen = (times[(2 * i + 1) * len(times) // (2 * (nfe - 1))] for i in range(nfe - 1))
-    return tuple(t_min + share * (t_max - t_min) for share in chosen)
+    return tuple(times[(2 * i + 1) * len(times) // (2 * (nfe - 1))] for i in range(nfe - 1))
 
 
 def start_time(teacher: Teacher, config: DistillConfig) -> float:

@@ -115,6 +115,15 @@ def test_largest_t_is_1_where_the_gain_is_bounded_everywhere() -> None:
     assert DDPM.largest_t(1e3) == 1.0
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_time_of_a_noise_level(name: str) -> None:
+    schedule = SCHEDULES[name]
+    for ratio in (0.1, 0.5, 2.0):
+        alpha, sigma = at(schedule, schedule.time_of(ratio))
+        assert sigma / alpha == pytest.approx(ratio, rel=1e-6)
+    assert schedule.time_of(1e12) == pytest.approx(1.0)
+
+
 def test_zero_terminal_snr_is_finite() -> None:
     for name in ("linear", "cosine", "zero-snr"):
         alpha, sigma = at(SCHEDULES[name], 1.0)

@@ -37,7 +37,7 @@ class Ideal(nn.Module):
 
 def refiner(teacher: GaussianTeacher, teacher_steps: int, power: float = 0.0) -> Refiner:
     config = RefinerConfig(share=0.1, teacher_steps=teacher_steps)
-    return Refiner(config, power, TeacherView(teacher), 0.0, 1.0)
+    return Refiner(config, power, TeacherView(teacher), 0.0, (0.6, 0.4, 0.2))
 
 
 def loss(teacher: GaussianTeacher, teacher_steps: int, shift: float = 0.0, power: float = 0.0) -> float:
@@ -63,9 +63,9 @@ def test_point_mass_is_exact_and_a_shift_shows_in_full() -> None:
     assert loss(teacher, 1, shift=0.5, power=0.5) == pytest.approx(0.5, rel=1e-3)
 
 
-def test_draw_takes_the_configured_times_in_turn() -> None:
+def test_draw_takes_the_times_in_turn() -> None:
     teacher = TeacherView(GaussianTeacher(MEAN, 0.5, CosineVP()))
-    part = Refiner(RefinerConfig(times=(0.5, 0.25)), 0.0, teacher, 0.1, 0.9)
+    part = Refiner(RefinerConfig(), 0.0, teacher, 0.1, (0.5, 0.3))
     draw = part.draw(torch.Generator().manual_seed(0), 10, 4)
     assert sorted(set(draw.start.tolist())) == pytest.approx([0.3, 0.5])
     assert (draw.start == draw.start[0]).sum() == 5
