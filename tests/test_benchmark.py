@@ -29,34 +29,34 @@ def cell(bench: Bench, name: str) -> dict[str, object]:
 
 def test_a_benchmark_from_cells_to_page(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (0, 1):
-        student_cells(bench, "few-step", seed, [0.01, 0.02], "")
-    first, later = (cell(bench, f"few-step-seed{seed}-0.02min") for seed in (0, 1))
-    assert first["updates"] == later["updates"] > cell(bench, "few-step-seed0-0.01min")["updates"]
+        student_cells(bench, "few-step", seed, [0.001, 0.04], "")
+    first, later = (cell(bench, f"few-step-seed{seed}-0.04min") for seed in (0, 1))
+    assert first["updates"] == later["updates"] > cell(bench, "few-step-seed0-0.001min")["updates"]
     assert [row["nfe"] for row in first["student"]] == [1, 2]  # type: ignore[attr-defined, union-attr]
     assert first["student"] != later["student"]
     teacher_cells(bench, [2], "")
     assert cell(bench, "teacher-ddim-2")["nfe"] == cell(bench, "teacher-dpmsolver-2")["nfe"] == 2
     lever_cells(bench, 0.01, "power")
     text = page("fashion", read_cells(bench.cells), list(benchmark.OBJECTIVES))
-    assert text.count("| few-step | 0.02 min |") == 2
+    assert text.count("| few-step | 0.04 min |") == 2
     assert "| DPM-Solver++ 2M | 2 |" in text
     assert "| default | kd.power=1.0 |" in text
 
     before = {path: path.read_bytes() for path in bench.cells.iterdir()}
     capsys.readouterr()
-    student_cells(bench, "few-step", 0, [0.01, 0.02], "")
+    student_cells(bench, "few-step", 0, [0.001, 0.04], "")
     assert capsys.readouterr().out.count("already measured") == 2
     assert before == {path: path.read_bytes() for path in bench.cells.iterdir()}
 
-    student_cells(bench, "few-step", 0, [0.02, 0.04], "", paced=True)
-    longer = cell(bench, "few-step-seed0-0.04min")
+    student_cells(bench, "few-step", 0, [0.04, 0.08], "", paced=True)
+    longer = cell(bench, "few-step-seed0-0.08min")
     assert longer["paced"]
     assert longer["updates"] == 2 * first["updates"]  # type: ignore[operator]
-    assert "| few-step | 0.04 min * |" in page("fashion", read_cells(bench.cells), list(benchmark.OBJECTIVES))
+    assert "| few-step | 0.08 min * |" in page("fashion", read_cells(bench.cells), list(benchmark.OBJECTIVES))
 
-    for minutes in ("0.02", "0.04"):
+    for minutes in ("0.04", "0.08"):
         bench.path(f"few-step-seed0-{minutes}min").unlink()
     changed = SMALL | {"refiner.share": 0.25, "batch_size": 16}
     benchmark.OBJECTIVES["few-step"] = changed
     with pytest.raises(SystemExit, match=r"other settings .*batch_size"):
-        student_cells(bench, "few-step", 0, [0.02], "")
+        student_cells(bench, "few-step", 0, [0.04], "")

@@ -109,9 +109,9 @@ def test_judge_warms_up_before_the_student_listens(tiny_teacher: Teacher, object
     assert work.judge is not None
     loss, seen = work.adversary.loss, []
 
-    def watched(judge: Any, ends: Any, *args: Any, **kwargs: Any) -> object:
-        seen.append(len(ends.samples))
-        return loss(judge, ends, *args, **kwargs)
+    def watched(judge: Any, judged: Any, **kwargs: Any) -> object:
+        seen.append(sum(len(each.ends.samples) for each in judged))
+        return loss(judge, judged, **kwargs)
 
     work.adversary.loss = watched  # type: ignore[method-assign]
     judges, students = [next(work.judge.parameters()).detach().clone()], []
