@@ -131,7 +131,7 @@ def test_two_processes_make_one_run(settings: dict[str, object], tmp_path: Path,
              "--steps", "100000" if stop else "3", "--set", "optimizer.warmup_steps=2",
              "--set", "boot.boundary_every=3", "--corrector", "--set", "correction.direction=identity",
              "--set", "correction.warmup=1", "--objective", objective, "--set", "kd.adversary=0.5",
-             "--set", "adversary.warmup=0", "--set", "kd.teacher_steps=2"]  # fmt: skip
+             "--set", "adversary.warmup=0", "--set", "kd.teacher_steps=2", "--set", "refiner.share=0.25"]  # fmt: skip
     together = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "bootcli",
          *words, "--output", "two", "--json"],
