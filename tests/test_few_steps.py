@@ -50,6 +50,13 @@ def test_noise_levels_outside_the_path_are_refused(refined_run: Path, sigmas: tu
         refiner_times(artifact.student.teacher, config)
 
 
+def test_noise_levels_below_the_end_of_the_path_are_refused(refined_run: Path) -> None:
+    artifact = load_student(refined_run)
+    config = replace(artifact.config, student=replace(artifact.config.student, t_min=0.2))
+    with pytest.raises(UsageError, match=r"falling, between 0\.[3-9]"):  # above the least of the usual levels
+        refiner_times(artifact.student.teacher, config)
+
+
 def test_each_call_starts_from_the_last_sample_noised_again(refined_run: Path) -> None:
     student, seeds = load_student(refined_run).student, [3, 4]
     starts = [0.5, 0.25]

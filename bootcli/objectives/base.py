@@ -203,6 +203,25 @@ def adaptive(square: Tensor, power: float) -> Tensor:
     return (square.detach() + 1e-4) ** -power
 
 
+def regression(
+    samples: Tensor, points: Tensor, power: float, t: Tensor, name: str, rows: Tensor, count: float
+) -> Terms:
+    """The weighted squared error of samples to points of the teacher's paths.
+
+    Args:
+        samples, points: (b, c, h, w); samples with gradient.
+        power: of the `adaptive` weight of each error.
+        t: times of the terms, (b,).
+        name: of the loss among the parts.
+        rows, count: those that are ends, as in `Ends`.
+    """
+    square = (samples - points).square().flatten(1).mean(1)
+    weight = adaptive(square, power)
+    loss, square = (weight * square).mean(), square.detach()
+    ends = Ends(rows, samples[rows], points[rows], count)
+    return Terms(loss, {name: loss.detach()}, square, t, 2 * weight * square.sqrt(), ends)
+
+
 def stratified(generator: torch.Generator, n: int, low: float, high: float, power: float = 1.0) -> Tensor:
     """n times in [low, high), one in each of n strata, in random order; float64 (n,).
 

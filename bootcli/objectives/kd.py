@@ -17,7 +17,7 @@ from bootcli.config import PathsConfig
 from bootcli.deck import Pool
 from bootcli.engine import Engine
 from bootcli.maths.signal_ode import solve
-from bootcli.objectives.base import Ends, Objective, Terms, adaptive, conditions
+from bootcli.objectives.base import Objective, Terms, conditions, regression
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond, Conditions
 from bootcli.teachers.view import TeacherView
@@ -157,10 +157,5 @@ class KD(Objective[KDDraw]):
     def loss(self, student: Student, draw: KDDraw, cond: Cond) -> Terms:
         """The weighted squared error of y(eps, t, c) to the point of the teacher's path."""
         samples = student(draw.eps, draw.t, cond)
-        square = (samples - draw.points).square().flatten(1).mean(1)
-        weight = adaptive(square, self.power)
-        loss = (weight * square).mean()
-        pull = 2 * weight * square.detach().sqrt()
-        rows = (draw.t == self._times[-1]).nonzero().flatten()
-        ends = Ends(rows, samples[rows], draw.points[rows], len(samples) / self.config.points)
-        return Terms(loss, {"regression": loss.detach()}, square.detach(), draw.t, pull, ends)
+        rows, count = (draw.t == self._times[-1]).nonzero().flatten(), len(samples) / self.config.points
+        return regression(samples, draw.points, self.power, draw.t, "regression", rows, count)

@@ -17,7 +17,7 @@ from torch import Tensor
 from bootcli.config import RefinerConfig
 from bootcli.deck import Pool
 from bootcli.maths.signal_ode import from_signal, solve
-from bootcli.objectives.base import Ends, Terms, adaptive, conditions
+from bootcli.objectives.base import Terms, conditions, regression
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond
 from bootcli.teachers.view import TeacherView
@@ -87,9 +87,4 @@ class Refiner:
             # The Signal-ODE holds for any noise that is kept along the path: with this one it starts at the sample.
             end = solve(denoiser, schedule, sample, draw.noise, draw.start, t_min, config.solver, config.teacher_steps)
         y: Tensor = student(x, t_min, cond, draw.start)
-        square = (y - end).square().flatten(1).mean(1)
-        weight = adaptive(square, self.power)
-        loss = (weight * square).mean()
-        pull = 2 * weight * square.detach().sqrt()
-        ends = Ends(torch.arange(len(y)), y, end, len(y))
-        return Terms(loss, {"refinement": loss.detach()}, square.detach(), draw.start, pull, ends)
+        return regression(y, end, self.power, draw.start, "refinement", torch.arange(len(y)), len(y))

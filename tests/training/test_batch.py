@@ -13,6 +13,7 @@ from bootcli.batch import Batch
 from bootcli.errors import BootError
 from bootcli.objectives.adversary import Verdict
 from bootcli.objectives.kd import KD
+from bootcli.pipelines.setup import refiner_times
 from bootcli.plugin import Teacher
 from tests.training.short import ADVERSARIES, DIRECTIONS, EVERYTHING, build, config_of, every_objective, run
 
@@ -116,6 +117,7 @@ def test_what_is_refined_is_judged_from_where_it_started(tiny_teacher: Teacher) 
 
     work.adversary.loss, work.refiner.loss = watched, refined  # type: ignore[method-assign]
     list(trainer.run())
+    assert work.refiner.times.tolist() == list(refiner_times(tiny_teacher, work.config)), "the times it samples from"
     ((stored, own),) = seen
     assert (len(stored.samples), len(own.samples)) == (6, 2)
     assert own is regressed[0].ends
