@@ -66,6 +66,25 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_no_folder_is_moved_onto_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which Windows refuses, even where the other one is empty."""
+    replace = Path.replace
+
+    def as_on_windows(self: Path, target: Path) -> Path:
+        if target.is_dir():
+            raise PermissionError(13, "Access is denied", str(target))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", as_on_windows)
+    path = tmp_path / "out"
+    path.mkdir()
+    for text in ("old", "new"):
+        with atomic_folder(path) as temporary:
+            (temporary / text).write_text(text)
+        assert [p.name for p in path.iterdir()] == [text]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 def test_others_may_read_what_was_written(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {})
@@ -188,6 +207,20 @@ def test_run_folder_refuses_what_it_must_not_replace(tmp_path: Path) -> None:
         run.check_free(overwrite=True)
     with pytest.raises(BootError, match="not a run folder"):
         run.config()
+
+
+@pytest.mark.parametrize("content", ['{"_class_name": "UNet2DModel", "sample_size": 8}', "[]", "{"], ids="abc")
+def test_a_folder_of_another_program_is_not_a_run(tmp_path: Path, content: str) -> None:
+    """A flat diffusers folder has a config.json too."""
+    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "samples").mkdir()
+    with pytest.raises(UsageError, match=r"config\.json is not a run's"):
+        RunDir(tmp_path).check_free(overwrite=True)
+
+
+def test_a_run_of_another_version_is_overwritten(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {**to_dict(DistillConfig()), "stepz": 3})
+    RunDir(tmp_path).check_free(overwrite=True)
 
 
 def test_a_config_of_another_version_is_a_broken_file(tmp_path: Path) -> None:

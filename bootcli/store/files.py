@@ -38,7 +38,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            path.replace(old)
+            path.replace(old / path.name)  # not onto it: Windows replaces no folder, not even an empty one
             temporary.replace(path)
             shutil.rmtree(old)
         else:

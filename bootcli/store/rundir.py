@@ -89,6 +89,17 @@ class RunDir:
     def check_free(self, *, overwrite: bool) -> None:
         """Raise `UsageError` for a folder that is not empty, unless ``overwrite`` and it holds an earlier run."""
         check_free(self.path, overwrite=overwrite, mark=self.config_file.name)
+        if self.config_file.exists() and not self._is_run():
+            raise UsageError(
+                f"{self.config_file} is not a run's, so {self.path} is not overwritten.", "Choose another --output."
+            )
+
+    def _is_run(self) -> bool:
+        """Whether the config.json is a run's, of whatever version: other programs have files of that name too."""
+        try:
+            return {"teacher", "objective", "steps"} <= read_json(self.config_file).keys()
+        except BootError:
+            return False
 
     def create(self, config: DistillConfig, *, keep: bool) -> None:
         """Write the configuration into the folder; unless ``keep``, the files of an earlier run there go away."""
