@@ -55,6 +55,26 @@ def test_plugin_is_listed_without_torch(installed: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_plugin_is_loaded_from_the_hub(installed: Path, tmp_path: Path) -> None:
+    """With a client in the hub's place that gives what it is asked for."""
+    lines = (
+        "import fnmatch, pathlib, shutil, sys",
+        "import huggingface_hub",
+        "from bootcli.teachers.registry import load, resolve",
+        "shipped, cache = pathlib.Path(resolve('glyphs-8').source), pathlib.Path(sys.argv[1])",
+        "def download(hub_id, allow_patterns):",
+        "    for file in shipped.iterdir():",
+        "        if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):",
+        "            shutil.copy(file, cache)",
+        "    return str(cache)",
+        "huggingface_hub.snapshot_download = download",
+        "for name in ('me/glyphs', 'glyphs:me/glyphs'):",
+        "    assert load(name).family.name == 'glyphs'",
+    )
+    result = python("-c", "\n".join(lines), tmp_path, path=installed)
+    assert result.returncode == 0, result.stderr
+
+
 def test_plugin_is_distilled_and_sampled(installed: Path, tmp_path: Path) -> None:
     def bootcli(*arguments: object) -> subprocess.CompletedProcess[str]:
         result = python("-m", "bootcli", *arguments, path=installed, cwd=tmp_path)

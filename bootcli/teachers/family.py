@@ -35,7 +35,9 @@ class TeacherFamily:
         name: the family, equal to the entry point's name ("ddpm").
         summary: one line: what it accepts.
         accepts: layouts it reads, one line each.
-        matches: cheap test of a local folder or file; reads at most small JSON files and never raises on junk.
+        matches: cheap test of a local folder or file; reads at most small JSON files and never raises on junk. Of a
+            hub repository it sees the ``*.json`` and the card alone: where they do not show the family, it is read
+            as ``family:owner/name``.
         load: local folder or file -> teacher with weights. Raises `BootError` for a broken one.
         build: ``Teacher.config()`` -> the same teacher with untrained weights, for a stored student. Runs no code
             from the folder.

@@ -19,12 +19,12 @@ def fetch(hub_id: str, families: Sequence[TeacherFamily]) -> tuple[TeacherFamily
 
     Args:
         hub_id: ``owner/name``.
-        families: the candidates; the first look at the small files must leave exactly one.
+        families: the candidates; of several, the first look at the small files must leave exactly one.
 
     Raises `BootError` without network, for a missing or gated repository, and for one that no family reads.
     """
     folder = _download(hub_id, CARD)
-    readers = [family for family in families if family.matches(folder)]
+    readers = families if len(families) == 1 else [family for family in families if family.matches(folder)]
     if len(readers) != 1:
         accepted = [f"{family.name}: {line}" for family in families for line in family.accepts]
         several = f"Say which family: {' or '.join(f'{family.name}:{hub_id}' for family in readers)}"

@@ -39,6 +39,7 @@ family = TeacherFamily(
         "an EDM teacher of openai/consistency_models (edm_*_ema.pt)",
         "bootcli's own form of either (.safetensors)",
         "a folder with one of these",
+        "a hub repository with one of these, as edm:owner/name: its small files do not show it",
     ),
     matches=_matches,
     load=_load,
@@ -48,4 +49,6 @@ family = TeacherFamily(
             str(Path(__file__).parent / "fashion"), "Fashion-MNIST, 16x16 grey, ten classes, built in: no download"
         )
     },
+    hub_weights=(("*.safetensors",), ("*.pkl",), ("*.pt", "*.pth")),
+    complete=_matches,
 )

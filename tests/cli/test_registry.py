@@ -199,6 +199,24 @@ def test_the_hub_gives_small_files_first_and_weights_once(
     assert all(torch.equal(loaded.teacher.net.state_dict()[name], tensor) for name, tensor in tensors.items())
 
 
+def test_a_family_that_is_named_needs_no_small_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An EDM pickle shows in no JSON; what else the repository holds is not fetched."""
+    repository = tmp_path / "repository"
+    shutil.copytree(registry.locate("fashion-edm"), repository, ignore=shutil.ignore_patterns("features"))
+    (repository / "notes.txt").write_text("")
+    serving = Hub(repository, tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", serving)
+    loaded = registry.load("edm:someone/something")
+    assert (loaded.family.name, loaded.origin) == ("edm", "huggingface.co/someone/something")
+    assert not any("notes.txt" in given for given in serving.given)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(repository, tmp_path / "another"))
+    with pytest.raises(BootError, match="No installed teacher family reads someone/something") as error:
+        registry.load("someone/something")
+    assert "edm:owner/name" in error.value.hint
+    with pytest.raises(BootError):
+        registry.load("ddpm:someone/something")
+
+
 def test_a_hub_repository_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path, tmp_path / "cache"))
     with pytest.raises(BootError, match="No installed teacher family reads someone/something") as error:

@@ -17,7 +17,7 @@ CONFIG, WEIGHTS = "glyphs.json", "glyphs.safetensors"
 
 
 def _matches(path: Path) -> bool:
-    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+    return (path / CONFIG).is_file()  # not the weights: of a hub repository they are fetched after this
 
 
 def _load(path: Path) -> Teacher:
