@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+PARTS = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
 
 
 @torch.no_grad()
@@ -16,7 +24,7 @@ def main(folder: str, inputs: str, outputs: str, base: str) -> None:
     """One step from given noise, part by part, and of the pipeline as users call it."""
     given = load_file(inputs)
     noise, text, pooled = given["noise"], given["text"], given.get("pooled")
-    pipeline = _pipeline(Path(base), watermark=pooled is not None)
+    pipeline = _pipeline(Path(base), xl=pooled is not None)
     pipeline.load_lora_weights(folder)
     pipeline.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
@@ -29,12 +37,22 @@ def main(folder: str, inputs: str, outputs: str, base: str) -> None:
     save_file({"sample": latents, "images": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() * 2 - 1}, outputs)
 
 
-def _pipeline(base: Path, *, watermark: bool) -> Any:
-    weights = [file.name for file in (base / "unet").glob("*") if file.suffix in (".safetensors", ".bin")]
-    how: dict[str, Any] = {"variant": "fp16"} if weights and all(".fp16" in name for name in weights) else {}
-    if watermark:  # of some installations of SDXL: it would be a difference
+def _pipeline(base: Path, *, xl: bool) -> Any:
+    """The teacher's pipeline, of the parts and the files that bootcli reads: what it fetched from the hub has no others."""
+    how: dict[str, Any] = {name: None for name in ("feature_extractor", "image_encoder")}
+    if xl:  # some installations write a watermark: it would be a difference
         how["add_watermarker"] = False
+    else:  # and so would images that the checker blackens
+        how |= {"safety_checker": None, "requires_safety_checker": False}
+    for name, kind in PARTS.items():  # each has its own files, of which diffusers would take those of one precision
+        if _in_halves(base / name):
+            how[name] = kind.from_pretrained(base / name, variant="fp16")
     return DiffusionPipeline.from_pretrained(base, **how).to(torch.float32)
+
+
+def _in_halves(folder: Path) -> bool:
+    weights = [file.name for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")]
+    return bool(weights) and all(".fp16" in name for name in weights)
 
 
 if __name__ == "__main__":

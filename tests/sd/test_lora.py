@@ -100,6 +100,24 @@ def test_a_lora_keeps_the_size_of_its_run(make_folder: MakeFolder, go: Any, xl: 
     assert "height=16, width=24" in (run / "export" / "lora" / "README.md").read_text()
 
 
+def test_a_lora_on_what_the_hub_gives(make_folder: MakeFolder, go: Any) -> None:
+    """The index names a safety checker whose weights are not fetched; one part has files in half precision alone."""
+    folder = make_folder()
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index | {"requires_safety_checker": True}))
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "config.json").write_text("{}")
+    weights = folder / "text_encoder" / "model.safetensors"
+    weights.rename(weights.with_name("model.fp16.safetensors"))
+    run = go("run", folder, **{"student.lora_rank": 2, "learning_rate": 1e-2})
+    for name in ("lora", "diffusers"):
+        assert export(run, format=name).max_abs_difference < 1e-4
+    exported = json.loads((run / "export" / "diffusers" / "model_index.json").read_text())
+    assert exported["safety_checker"] == [None, None]
+
+
 def test_what_a_lora_begins_from(make_folder: MakeFolder, go: Any, tmp_path: Path) -> None:
     folder = make_folder()
     first = go("first", folder, **{"student.lora_rank": 2, "learning_rate": 1e-2})
