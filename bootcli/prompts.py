@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from array import array
@@ -25,15 +26,22 @@ from pathlib import Path
 from tempfile import SpooledTemporaryFile
 
 from bootcli.errors import UsageError
+from bootcli.paths import expanded
 
 DEFAULT = Path(__file__).with_name("prompts.txt")
 """Two hundred varied prompts, written for bootcli."""
 STDIN = "-"
+OTHER_FORMS = {".csv", ".json", ".parquet", ".tsv", ".yaml", ".yml"}
+"""Endings of files that would be read as prompts that nobody wrote."""
 IN_MEMORY = 2**20
 """Bytes of prompts that are not worth a file."""
+_JSON = re.compile(r'\s*[\[{]\s*\{?\s*("|$)')
+"""How JSON begins; prompts begin with brackets too, as in ``[a red:a blue:0.5] shoe`` and ``{{masterpiece}}``."""
 _KEYS = {"prompt", "negative_prompt", "seed"}
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
-_EXAMPLE = 'Each line is like {"prompt": "a fox", "negative_prompt": "snow", "seed": 7}.'
+_LIKE = 'like {"prompt": "a fox", "negative_prompt": "snow", "seed": 7}.'
+_EXAMPLE = f"Each line is {_LIKE}"
+_FORMS = f"Give a text file with a prompt a line, or a .jsonl file with lines {_LIKE}"
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,15 @@ def read_prompts(source: str | None) -> Prompts:
     return found
 
 
+def check_text(where: str, text: str) -> None:
+    """Raise `UsageError` for what is not text: half of a character, as JSON may hold it, or bytes of another encoding,
+    as a command line may."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{where} holds what is no character.", "Give text in UTF-8, and characters whole.") from None
+
+
 def _sources(source: str | None) -> Iterator[tuple[str, Iterator[str]]]:
     """Names and lines."""
     if source == STDIN:
@@ -130,7 +147,7 @@ def _sources(source: str | None) -> Iterator[tuple[str, Iterator[str]]]:
             raise UsageError("--prompts -: several processes cannot share standard input.", "Give a file.")
         yield "standard input", _lines("standard input", sys.stdin.buffer)
         return
-    path = DEFAULT if source is None else Path(source).expanduser()
+    path = DEFAULT if source is None else expanded(source)
     paths = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path)))]  # noqa: PTH207  # which takes no absolute one
     if not paths:
         raise UsageError(f"Cannot read prompts from {source}: there is no such file.", "Check the path or the pattern.")
@@ -152,11 +169,16 @@ def _lines(name: str, file: Iterable[bytes]) -> Iterator[str]:
 
 
 def _parse(name: str, lines: Iterator[str]) -> Iterator[Prompt]:
+    ending = Path(name).suffix.lower()
+    if ending in OTHER_FORMS:
+        raise UsageError(f"Cannot read prompts from {name}: {ending} is no form of theirs.", _FORMS)
     numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
     first = next(numbered, None)
     if first is None:
         return
-    structured = name.endswith(".jsonl") or (name == "standard input" and first[1].lstrip().startswith("{"))
+    structured = ending == ".jsonl" or (name == "standard input" and first[1].lstrip().startswith("{"))
+    if not structured and _JSON.match(first[1]):
+        raise UsageError(f"Cannot read prompts from {name}: it begins like JSON.", _FORMS)
     for number, line in itertools.chain([first], numbered):
         if structured or not line.lstrip().startswith("#"):
             where = f"{name}, line {number}"
@@ -183,8 +205,5 @@ def _from_json(where: str, line: str) -> Prompt:
         raise UsageError(f"{where}: the seed is {seed!r}, not a whole number from 0 to 2^63 - 1.", _EXAMPLE)
     if unknown := sorted(table.keys() - _KEYS):
         raise UsageError(f"{where}: unknown key {unknown[0]!r}.", f"There are: {', '.join(sorted(_KEYS))}.")
-    try:
-        f"{text}{negative}".encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"{where} holds half of a character.", "Write the character as a whole.") from None
+    check_text(where, f"{text}{negative}")
     return Prompt(text.strip(), negative, seed)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import INCEPTION, Inception, Statistics, features_of, folder_images, gaussian_fit
 from bootcli.manifold import MOST_ROWS, some_rows
+from bootcli.paths import expanded
 from bootcli.store.tensors import read_tensors, write_tensors
 from bootcli.teachers.protocol import Teacher
 
@@ -75,7 +76,7 @@ def reference_for(
         return Reference(own.name, network, statistics, own.source, own.floor, rows, own.classes_of, own.words)
     prefix, _, rest = reference.partition(":")
     inception = prefix in INCEPTION
-    path = Path(rest if inception else reference).expanduser()
+    path = expanded(rest if inception else reference)
     if not path.exists():
         raise UsageError(f"--reference {reference}: {path} does not exist.", FORMS)
     if own is None and not inception:

@@ -14,7 +14,7 @@ PLUGINS = ROOT / "plugins"
 
 # A module may import from its own layer and from the ones before it.
 LAYERS = [
-    {"bootcli", "bootcli.errors", "bootcli.prompts", "bootcli.signals", "bootcli.watch"},
+    {"bootcli", "bootcli.errors", "bootcli.paths", "bootcli.prompts", "bootcli.signals", "bootcli.watch"},
     {"bootcli.config"},
     {"bootcli.maths"},
     {"bootcli.teachers"},

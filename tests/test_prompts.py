@@ -63,7 +63,7 @@ def test_prompts_by_their_number() -> None:
         ('{"prompt": "a", "seed": -1}', "line 2: the seed is -1"),
         ('{"prompt": "a", "seed": 1.0}', "line 2: the seed is 1.0"),
         ('{"prompt": "a", "seed": true}', "line 2: the seed is True"),
-        (r'{"prompt": "a \ud83d"}', "line 2 holds half of a character"),
+        (r'{"prompt": "a \ud83d"}', "line 2 holds what is no character"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -75,6 +75,36 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None
 
 def standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", "[\n"),
+        ("a.CSV", "prompt,seed\na fox,3\n"),
+        ("a.tsv", "Prompt\tCategory\na fox\tAnimals\n"),
+        ("a.txt", '{"prompt": "a fox"}\n'),
+        ("a.txt", '\n[{"prompt": "a fox"}]\n'),
+        ("a", '[\n  "a fox"\n]\n'),
+    ],
+)
+def test_other_forms_are_not_read_as_text(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match="Cannot read prompts.*(is no form of theirs|begins like JSON)") as error:
+        read_prompts(str(tmp_path / name))
+    assert "a text file with a prompt a line, or a .jsonl file" in error.value.hint
+
+
+def test_text_in_brackets_is_text(tmp_path: Path) -> None:
+    honest = ["[a red:a blue:0.5] shoe", "{{masterpiece}}, a fox", "{red|blue} shoe", '"a fox", in oil', "[[fog]] sea"]
+    for line in honest:
+        (tmp_path / "a.txt").write_text(line)
+        assert list(read_prompts(str(tmp_path / "a.txt"))) == [Prompt(line)]
+
+
+def test_json_lines_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "A.JSONL").write_text('{"prompt": "a fox"}\n')
+    assert list(read_prompts(str(tmp_path / "A.JSONL"))) == [Prompt("a fox")]
 
 
 def test_a_pattern(tmp_path: Path) -> None:

@@ -231,11 +231,13 @@ def distill(
     else the teacher's recipe, else bootcli's default.
     """
     from bootcli.config import resolve
+    from bootcli.prompts import check_text
     from bootcli.store.rundir import RunDir, default_run
     from bootcli.teachers import registry
 
     layers = _layers(ctx.params, config, set_)
     settings = resolve(*layers)  # finds what is wrong before anything heavy is imported
+    check_text("--negative-prompt", settings.negative_prompt or "")
     if resume:
         if overwrite or dry_run:
             raise UsageError("--resume goes with neither --overwrite nor --dry-run.")

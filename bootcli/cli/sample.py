@@ -114,10 +114,12 @@ def sample(
 
 def _wanted(texts: list[str] | None, source: str | None) -> Prompts | None:
     """The prompts of the command line, or of a file."""
-    from bootcli.prompts import Prompt, Prompts, read_prompts
+    from bootcli.prompts import Prompt, Prompts, check_text, read_prompts
 
     if texts and source is not None:
         raise UsageError("--prompt and --prompts: each says what to draw.", "Give one of them.")
     if source is not None:
         return read_prompts(source)
+    for text in texts or ():
+        check_text("--prompt", text)
     return Prompts(map(Prompt, texts)) if texts else None

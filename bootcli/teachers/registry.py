@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bootcli.errors import BootError, UsageError
+from bootcli.paths import expanded
 from bootcli.teachers.family import Alias, TeacherFamily
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def resolve(name: str) -> Resolved:
     owners = [one for one in families if one.family and name in one.family.aliases]
     if owners:
         return _alias(name, owners)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name and path.exists():
         return Resolved(_reader(path, families), str(path), LOCAL)
     if _HUB_ID.fullmatch(name):
@@ -188,7 +189,7 @@ def _within(one: Installed, source: str) -> Resolved:
     family = _usable(one)
     if source in family.aliases:
         return _alias(source, [one])
-    path = Path(source).expanduser()
+    path = expanded(source)
     if source and path.exists():
         return Resolved(family, str(path), LOCAL)
     if _HUB_ID.fullmatch(source):

@@ -76,7 +76,8 @@ def test_words_that_name_no_reference(teacher: Teacher, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "stats.txt").touch()
     np.savez(tmp_path / "stats.npz", mu=np.zeros(DIM), sigma=np.eye(DIM))
-    for words in ("missing", "inception:" + str(tmp_path), str(tmp_path / "stats.txt"), str(tmp_path / "stats.npz")):
+    missing = ("missing", "~nobody123/missing", "inception:" + str(tmp_path))
+    for words in (*missing, str(tmp_path / "stats.txt"), str(tmp_path / "stats.npz")):
         with pytest.raises(UsageError) as caught:
             reference_for(teacher, words, CPU)
         assert "PATH" in caught.value.hint, "an .npz file does not say whose features it holds"
