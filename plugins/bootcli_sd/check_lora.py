@@ -38,8 +38,8 @@ def main(folder: str, inputs: str, outputs: str, base: str) -> None:
 
 
 def _pipeline(base: Path, *, xl: bool) -> Any:
-    """The teacher's pipeline, of the parts and the files that bootcli reads: what it fetched from the hub has no others."""
-    how: dict[str, Any] = {name: None for name in ("feature_extractor", "image_encoder")}
+    """The teacher's pipeline, of the parts and the files that bootcli reads: a folder from the hub has no others."""
+    how: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
     if xl:  # some installations write a watermark: it would be a difference
         how["add_watermarker"] = False
     else:  # and so would images that the checker blackens
