@@ -150,7 +150,10 @@ def _sources(source: str | None) -> Iterator[tuple[str, Iterator[str]]]:
     path = DEFAULT if source is None else expanded(source)
     paths = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path)))]  # noqa: PTH207  # which takes no absolute one
     if not paths:
-        raise UsageError(f"Cannot read prompts from {source}: there is no such file.", "Check the path or the pattern.")
+        raise UsageError(
+            f"Cannot read prompts from {source}: there is no such file.",
+            "Check the path or the pattern, or give others with --prompts.",
+        )
     for each in paths:
         try:
             with each.open("rb") as file:

@@ -90,7 +90,7 @@ def standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
 )
 def test_other_forms_are_not_read_as_text(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(UsageError, match="Cannot read prompts.*(is no form of theirs|begins like JSON)") as error:
+    with pytest.raises(UsageError, match=r"Cannot read prompts.*(is no form of theirs|begins like JSON)") as error:
         read_prompts(str(tmp_path / name))
     assert "a text file with a prompt a line, or a .jsonl file" in error.value.hint
 

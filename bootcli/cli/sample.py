@@ -72,6 +72,8 @@ def sample(
     size = pixels(resolution)
     run = find_run(run)
     wanted = _wanted(prompt, prompts)
+    if wanted is not None and wanted.own_negatives and teacher_steps is None:
+        typer.echo("Negative prompts are built into a student: those of --prompts have no effect.", err=True)
     from bootcli.store.files import check_free
 
     if output is not None:

@@ -12,6 +12,7 @@ from bootcli import __version__
 from bootcli.errors import BootError, UsageError
 from bootcli.exporters import Format, formats_of, largest_difference
 from bootcli.pipelines.requests import condition_of
+from bootcli.prompts import read_prompts
 from bootcli.store.artifact import Artifact, load_student
 from bootcli.store.files import atomic_folder, check_free, write_json
 from bootcli.store.rundir import RunDir
@@ -61,7 +62,9 @@ def export(run: Path, *, format: str, output: Path | None = None, overwrite: boo
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):  # the folder is replaced as a whole
         raise UsageError(f"{folder} is the working folder or above it.", "Name a new folder with --output.")
     check_free(folder, overwrite=overwrite, mark=FACTS)
-    cond = condition_of(artifact.student.teacher, artifact.config)(range(2))
+    teacher = artifact.student.teacher
+    words = read_prompts(None) if teacher.spec.conditioning == "text" else None  # any will do; the run's may be gone
+    cond = condition_of(teacher, artifact.config, prompts=words)(range(2))
     if limits := artifact.student.guidance_range:
         if not chosen.takes_guidance:
             raise UsageError(

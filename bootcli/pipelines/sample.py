@@ -92,7 +92,7 @@ def sample(
         seed: of the first image.
         output: the folder; None is ``RUN/samples/``, for a student file outside a run ``samples/`` beside it.
         class_label: class of every image; None takes the classes of the run in turn, by the seed.
-        prompts: that images take in turn, by the seed; None: those of the run.
+        prompts: that images take in turn, by the seed; None: those of the run. Negative ones are the teacher's alone.
         resolution: width and height in pixels, where the teacher allows it; None: those of the run.
         guidance_scale: w, for a student that takes one; None is the middle of its range.
         nfe: calls of the student for each image; more than one needs a student that was trained to refine.
@@ -111,6 +111,8 @@ def sample(
         raise UsageError("--nfe is of the student and --teacher-steps of the teacher.", "Give one of them.")
     if output is not None:
         check_free(output, overwrite=overwrite)
+    if prompts is not None and teacher_steps is None:  # negative prompts are built into a student
+        prompts = Prompts(dataclasses.replace(prompt, negative=None) for prompt in prompts)
     artifact = load_student(run)
     if resolution is not None:
         artifact.student.teacher.use_resolution(*resolution)

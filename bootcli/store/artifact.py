@@ -20,6 +20,7 @@ from bootcli import __version__
 from bootcli.config import DistillConfig, from_other_version, to_dict
 from bootcli.errors import BootError, UsageError
 from bootcli.lora import Lora, fingerprint
+from bootcli.prompts import STDIN
 from bootcli.store.rundir import RunDir
 from bootcli.store.tensors import read_tensors, write_tensors
 from bootcli.student import Student
@@ -126,7 +127,7 @@ def load_student(run: Path) -> Artifact:
     student = student.eval().requires_grad_(False).to(torch.device("cpu"))
     artifact = Artifact(student, config, family, step, path, lora)
     kept = RunDir(artifact.home).prompts
-    if not kept.is_file():
+    if not kept.is_file() and config.prompts != STDIN:  # standard input is not read again
         return artifact
     return dataclasses.replace(artifact, config=dataclasses.replace(config, prompts=str(kept)))
 

@@ -130,7 +130,7 @@ def test_prompts_that_are_cut_are_told_of(cli: Cli, tiny_sd: Path, tmp_path: Pat
     assert "Add --guidance-scale" in " ".join(done.stderr.split())
 
 
-def test_prompts_from_standard_input(tiny_sd: Path, tmp_path: Path) -> None:
+def test_prompts_from_standard_input(inside: Callable[..., Done], tiny_sd: Path, tmp_path: Path) -> None:
     flags = ["--teacher", str(tiny_sd), "--prompts", "-", "--output", "run"]
     command = [sys.executable, "-m", "bootcli", "distill", *flags, *FEW]
     done = subprocess.run(
@@ -138,6 +138,40 @@ def test_prompts_from_standard_input(tiny_sd: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "prompts.jsonl").read_text().count("\n") == 2
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "run" / "student" / "student.safetensors", tmp_path / "alone")
+    done = inside("sample", "alone/student.safetensors")
+    assert done.returncode == 2
+    assert "alone/prompts.jsonl: there is no such file" in " ".join(done.stderr.split())
+    assert "give others with --prompts" in " ".join(done.stderr.split())
+    done = inside("sample", "alone/student.safetensors", "--prompt", "a hat")
+    assert done.returncode == 0, done.stderr
+    done = inside("export", "alone/student.safetensors", "--format", "safetensors")
+    assert done.returncode == 0, done.stderr
+
+
+def test_negative_prompts_are_told_to_be_without_effect(
+    inside: Callable[..., Done], tiny_sd: Path, tmp_path: Path
+) -> None:
+    flags = ["--teacher", str(tiny_sd), "--guidance-scale", "3", "--output", "run"]
+    assert inside("distill", *flags, *FEW).returncode == 0
+    for colour in ("blue", "green"):
+        (tmp_path / f"{colour}.txt").write_text(f"a red shoe\t{colour}\n")
+
+    def drawn(*args: str) -> tuple[str, bytes, str]:
+        done = inside("sample", "run", "--json", *args)
+        assert done.returncode == 0, done.stderr
+        (file,) = json.loads(done.stdout)["files"]
+        return Path(file).parent.name, (tmp_path / file).read_bytes(), done.stderr
+
+    by_student = drawn("--prompts", "blue.txt")
+    assert by_student == drawn("--prompts", "green.txt")
+    assert "those of --prompts have no effect" in by_student[2]
+    assert by_student[:2] == drawn("--prompt", "a red shoe")[:2]
+    one, two = (drawn("--teacher-steps", "2", "--prompts", f"{colour}.txt") for colour in ("blue", "green"))
+    assert one[0] != two[0], "of the teacher they are other images"
+    assert one[1] != two[1]
+    assert "no effect" not in one[2]
 
 
 def test_without_prompts_it_takes_its_own(cli: Cli, tiny_sd: Path, tmp_path: Path) -> None:
