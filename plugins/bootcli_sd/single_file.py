@@ -98,23 +98,31 @@ def read_single_file(path: Path, kind: str = "", *, with_unet: bool = True) -> P
     import torch
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+    from bootcli_sd.loading import INCOMPLETE, check_whole, quietly
+
     try:
         kind = kind or kind_of(*_looked_at(path), path.stem)
         model, *marks = kind.split(":")
         given: dict[str, Any] = {} if with_unet else {"unet": None}
         for place, pad in zip(("", "_2"), _PADS[model], strict=False):
             given[f"tokenizer{place}"] = tokenizer(pad)
-        pipeline = (StableDiffusionXLPipeline if model == "sdxl" else StableDiffusionPipeline).from_single_file(
-            str(path), config=str(CONFIGS / model), local_files_only=True, torch_dtype=torch.float32, **given
-        )
+        with quietly():
+            pipeline = (StableDiffusionXLPipeline if model == "sdxl" else StableDiffusionPipeline).from_single_file(
+                str(path), config=str(CONFIGS / model), local_files_only=True, torch_dtype=torch.float32, **given
+            )
     except BootError:
         raise
+    except NotImplementedError:  # of tensors that were given no numbers, in the network or in the autoencoder
+        raise BootError(f"{path} lacks some of the tensors that its model has.", INCOMPLETE) from None
     except Exception as error:  # whatever diffusers says of what is missing or broken
         raise BootError(
             f"{path} cannot be loaded ({type(error).__name__}: {error!s:.300}).",
             "It is damaged, another model than it seems, or holds more than tensors, none of which was executed.",
         ) from None
     parts = pipeline.components
+    networks = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    tensors = {f"{name}.{each}": tensor for name, part in networks.items() for each, tensor in part.named_parameters()}
+    check_whole(path, [name for name, tensor in tensors.items() if tensor.is_meta])
     places = ("", "_2")[: len(_PADS[model])]
     pairs = [(parts[f"text_encoder{place}"], given[f"tokenizer{place}"]) for place in places]
     for network in (parts["vae"], *(encoder for encoder, _ in pairs)):

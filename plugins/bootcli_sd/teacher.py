@@ -31,6 +31,7 @@ from bootcli.plugin import (
 )
 from bootcli_sd import single_file
 from bootcli_sd.layout import Layout, read_layout, variant_of
+from bootcli_sd.loading import check_whole, quietly
 from bootcli_sd.single_file import Parts, read_single_file
 from bootcli_sd.text import TextEncoder, digest_of, load_pairs
 
@@ -354,14 +355,16 @@ def build(config: Mapping[str, Any]) -> SDTeacher:
 
 def _from_folder(kind: Any, folder: Path) -> Any:
     """A network of diffusers in float32, from safetensors if there are any, in full or half precision."""
+    how = {"variant": variant_of(folder), "torch_dtype": torch.float32}
     try:
-        return kind.from_pretrained(
-            folder, local_files_only=True, variant=variant_of(folder), torch_dtype=torch.float32
-        )
+        with quietly():
+            network, told = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **how)
     except Exception as error:  # whatever diffusers says of what is missing or broken
         raise BootError(
             f"{folder} cannot be loaded ({type(error).__name__}: {error!s:.300}).", "Download the teacher again."
         ) from None
+    check_whole(folder, told["missing_keys"])
+    return network
 
 
 def _check_network(config: Any, layout: Layout) -> None:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from bootcli.plugin import BootError
 from bootcli_sd.layout import variant_of
+from bootcli_sd.loading import check_whole, quietly
 
 logging.disable_progress_bar()  # bootcli has its own
 
@@ -30,16 +31,17 @@ def load_pairs(folders: Sequence[tuple[Path, Path]]) -> list[Pair]:
     pairs: list[Pair] = []
     for place, (encoder, tokenizer) in enumerate(folders):
         kind = CLIPTextModelWithProjection if place else CLIPTextModel
+        how = {"variant": variant_of(encoder), "dtype": torch.float32}
         try:
-            model = kind.from_pretrained(
-                encoder, local_files_only=True, variant=variant_of(encoder), dtype=torch.float32
-            )
+            with quietly():
+                model, told = kind.from_pretrained(encoder, local_files_only=True, output_loading_info=True, **how)
             words = CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
         except Exception as error:  # whatever transformers says of what is missing or broken
             raise BootError(
                 f"The text encoder in {encoder.parent} cannot be loaded ({type(error).__name__}: {error!s:.300}).",
                 "Download the teacher again.",
             ) from None
+        check_whole(encoder, told["missing_keys"])
         pairs.append((model.eval().requires_grad_(False), words))
     return pairs
 

@@ -12,6 +12,7 @@ import torch
 from bootcli_sd import family, single_file
 from bootcli_sd.teacher import SDTeacher, build, load
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig
 
@@ -100,6 +101,26 @@ def test_a_file_of_something_else(both: tuple[Path, Path], tmp_path: Path) -> No
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(BootError, match="cannot be loaded"):
         load(file)
+
+
+@pytest.mark.parametrize("name", ["attn2.to_q.weight", "decoder.mid.attn_1.q.weight", "q_proj.weight"])
+def test_a_file_that_lacks_tensors(both: tuple[Path, Path], name: str) -> None:
+    _, file = both
+    renamed = {each.replace(name, "base_layer.weight"): tensor for each, tensor in load_file(file).items()}
+    save_file(renamed, file)
+    with pytest.raises(BootError, match=r"lacks .* of the tensors that its model has"):
+        load(file)
+
+
+def test_a_file_is_read_without_a_word(both: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    """Of diffusers, which talks to others as before."""
+    _, file = both
+    capfd.readouterr()
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    load(file)
+    assert capfd.readouterr().err == ""
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    assert before[1]
 
 
 @pytest.mark.parametrize(

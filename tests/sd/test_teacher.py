@@ -14,7 +14,7 @@ import torch
 from bootcli_sd import family
 from bootcli_sd.teacher import PACKAGE, build, load
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bootcli.config import DistillConfig
 from bootcli.engine import Engine
@@ -213,6 +213,53 @@ def test_a_broken_file_is_one_message(make_folder: MakeFolder) -> None:
         with pytest.raises(BootError, match="cannot be loaded"):
             load(folder).decode(load(folder).condition([""]).tensors["text"].new_zeros(1, 4, 8, 8))
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [
+        ("unet/diffusion_pytorch_model", "to_q.weight"),
+        ("vae/diffusion_pytorch_model", "to_q.weight"),
+        ("text_encoder/model", "q_proj.weight"),
+        ("text_encoder_2/model", "text_projection.weight"),
+    ],
+)
+def test_weights_that_lack_tensors_are_refused(
+    make_folder: MakeFolder, capfd: pytest.CaptureFixture[str], weights: str, name: str
+) -> None:
+    """By the names that they go by, instead of random numbers in their place; nor is one of another shape taken."""
+    folder = make_folder(xl=True)
+    file = folder / f"{weights}.safetensors"
+    tensors = load_file(file)
+
+    def use() -> None:
+        teacher = load(folder)
+        teacher.condition(["a shoe"])
+        teacher.decode(torch.zeros(1, 4, 8, 8))
+
+    use()
+    capfd.readouterr()
+    renamed = {each.replace(name, "base_layer.weight"): tensor for each, tensor in tensors.items()}
+    save_file(renamed, file, {"format": "pt"})
+    with pytest.raises(BootError, match=rf"{file.parent} lacks \d+ of the tensors .*{name}"):
+        use()
+    assert capfd.readouterr().err == ""
+    save_file({each: tensor[:1].clone() for each, tensor in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(BootError, match="cannot be loaded"):
+        use()
+
+
+def test_the_older_names_of_an_autoencoder_are_read(make_folder: MakeFolder) -> None:
+    """In those the first Stable Diffusions were published."""
+    folder, z = make_folder(), torch.randn(1, 4, 8, 8)
+    expected = load(folder).decode(z)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(file)
+    for new, old in older.items():
+        tensors = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, file, {"format": "pt"})
+    assert torch.equal(load(folder).decode(z), expected)
 
 
 def test_aliases() -> None:
