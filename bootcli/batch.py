@@ -231,7 +231,7 @@ class Batch:
             return taken, work.conditions.rows(taken.rows).to(device)
 
         none = torch.zeros(0, device=device)
-        batch = MicroBatch(Terms(none.sum(), {}, none, none.double().cpu(), none), none.sum(), {}, {})
+        batch = MicroBatch(Terms(none.sum(), {}, none, none.cpu().double(), none), none.sum(), {}, {})
         regressed: dict[str, tuple[Terms, Cond]] = {}
         if (given := mine(work.objective, draws.prediction, "prediction")) is not None:
             batch.terms = work.objective.loss(student, *given)

@@ -347,7 +347,11 @@ def from_dict(tree: Mapping[str, object]) -> DistillConfig:
 
 def _check_guidance(config: DistillConfig) -> None:
     """Raise `UsageError` for limits that do not rise, or both a range of w and one w."""
-    rising = {"guidance_range": config.guidance_range, "guidance.interval": config.guidance.interval}
+    rising = {
+        "guidance_range": config.guidance_range,
+        "guidance.interval": config.guidance.interval,
+        "correction.guidance_interval": config.correction.guidance_interval,
+    }
     for name, limits in rising.items():
         if limits is not None and not limits[0] < limits[1]:
             raise UsageError(f"{name} = [{limits[0]:g}, {limits[1]:g}] does not rise.", "Give the least first.")

@@ -45,4 +45,4 @@ class Critic(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The raw prediction, (b, c, h, w); t (b,) float64 on the CPU."""
         with nullcontext() if self.lora is None else self.lora.active():
-            return self.teacher.predict(self.net, x_t, t, cond)
+            return self.teacher.predict(self.net, x_t, t.cpu(), cond)  # several processes move it to a GPU

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from accelerate import Accelerator, cpu_offload_with_hook
 from accelerate.state import AcceleratorState
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils import AutocastKwargs, find_executable_batch_size
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
@@ -86,7 +86,9 @@ class Engine:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Networks inside compute in the mixed precision."""
-        context: AbstractContextManager[object] = self._accelerator.autocast()
+        # Until torch 2.10 or so, half copies of weights that are first made without gradient, for a target, were then
+        # taken for the call with gradient too, and the weights got none.
+        context: AbstractContextManager[object] = self._accelerator.autocast(AutocastKwargs(cache_enabled=False))
         return context
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -151,9 +151,11 @@ def _end_of_path(view: TeacherView, x: Tensor, cond: Cond, times: Tensor) -> Ten
 
 
 def reference_calls(view: TeacherView, steps: int) -> int:
-    """Calls of the network for an image of so many steps of the reference sampler; a guided one has two."""
-    evaluations = 2 * steps - 1 if view.teacher.spec.sampler == "heun" else steps
-    return evaluations * (1 if view.negative is None else 2)
+    """Calls of the network for an image of so many steps of the reference sampler; a guided estimate has two."""
+    times = view.schedule.grid(steps)
+    heun = view.teacher.spec.sampler == "heun"
+    estimates = torch.cat([times[:-1], times[1:-1]]) if heun else times[:-1]
+    return len(estimates) + int(view.is_guided(estimates).sum())
 
 
 def _batches(seeds: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:

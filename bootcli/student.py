@@ -117,6 +117,7 @@ class Student(nn.Module):
             cond: conditions of the samples.
             start: times that the paths start at, (b,); None is t = 1, pure noise.
         """
+        t, start = t.cpu(), None if start is None else start.cpu()  # several processes move what they pass to a GPU
         self._offset = self.time_branch(t)
         try:
             return self.sample(eps, cond, start)
@@ -143,12 +144,15 @@ class Student(nn.Module):
             del self.__dict__["net"]
             self.net, self.lora = self.lora.merge(), None
 
-    def start_at(self, mean: Tensor) -> None:
+    def start_at(self, mean: Tensor, eps: Tensor, cond: Cond) -> None:
         """Make an ``x0`` head a good place to start from.
 
         The last layer spoke another language (eps): its weights are kept at a small scale, so that the gradient reaches
-        the layers below from the first step, and its bias becomes ``mean``, that of the teacher's x_0 at the start of
-        the path, shape (c,).
+        the layers below from the first step, and its bias is set so that samples have the mean that is given.
+
+        Args:
+            mean: of the teacher's x_0 at the start of the path, (c,).
+            eps, cond: any samples to call the network with.
         """
         layer = self.teacher.output_layer(self.net)
         weight, bias = layer.weight, layer.bias
@@ -156,7 +160,9 @@ class Student(nn.Module):
             raise TypeError("the output layer needs a weight and a bias")
         with torch.no_grad():
             weight.mul_(1 / math.sqrt(weight[0].numel()))
-            bias.copy_(mean)
+            bias[: len(mean)] = mean  # what comes after the channels of the image is cut off (a learned variance)
+            if (self.sample(eps, cond).mean((0, 2, 3)) * mean).sum() < 0:
+                bias.neg_()  # the prediction is the negative of what the layer gives (EDM's VE)
 
     def borrow_features(self, start_t: float, eps: Tensor, cond: Cond) -> None:
         """Start with the features of another time.

@@ -35,12 +35,12 @@ class StepReport:
     Args:
         step: updates done, from 1.
         loss, parts: of this update's batch.
-        residual: mean square of R over the batch.
+        residual: mean square of R over this process's part of the prediction.
         residual_bins: the same in five equal bins of t up to t_max, clean first; NaN where a bin is empty.
         grad_norm: before clipping.
         learning_rate: of this update.
         seconds: this update took.
-        images: samples in the batch.
+        images: samples in the batch, of all parts and processes.
     """
 
     step: int
@@ -175,14 +175,14 @@ class Trainer:
             self.drawn = self.deck.drawn
         seconds = time.perf_counter() - began
         self.seconds += seconds
-        return report(step, loss, batches, self.work.t_max, norms[0], rate, seconds)
+        return report(step, loss, batches, self.work.t_max, norms[0], rate, seconds, self.config.batch_size)
 
     def _time_used(self) -> float:
         """The share of the time limit that is used, the same in all processes; 0 where there is none."""
         if self.config.max_minutes is None:
             return 0.0
         share = self.seconds / (60 * self.config.max_minutes)
-        return share if self.engine.num_processes == 1 else float(self.engine.mean(torch.tensor(share)))
+        return float(self.engine.mean(torch.tensor(share, device=self.engine.device)))
 
     def _pool(self) -> Pool:
         """Where the next update draws its conditions from."""
@@ -290,11 +290,18 @@ class Trainer:
 
 
 def report(
-    step: int, loss: float, batches: list[MicroBatch], t_max: float, norm: float, rate: float, seconds: float
+    step: int,
+    loss: float,
+    batches: list[MicroBatch],
+    t_max: float,
+    norm: float,
+    rate: float,
+    seconds: float,
+    images: int,
 ) -> StepReport:
     """The report of one update from this process's micro-batches."""
-    residual = torch.cat([each.terms.residual for each in batches]).double().cpu()
-    t = torch.cat([each.terms.t for each in batches]).double().cpu()
+    residual = torch.cat([each.terms.residual for each in batches]).cpu().double()
+    t = torch.cat([each.terms.t for each in batches]).cpu().double()
     bins = (t * RESIDUAL_BINS / t_max).long().clamp(max=RESIDUAL_BINS - 1)
     parts: dict[str, list[Tensor]] = {}
     for each in batches:
@@ -309,7 +316,7 @@ def report(
         grad_norm=norm,
         learning_rate=rate,
         seconds=seconds,
-        images=len(residual),
+        images=images,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ from bootcli.objectives.corrector import Corrector
 from bootcli.objectives.kd import KD
 from bootcli.pipelines.requests import condition_of, sampling_scale
 from bootcli.pipelines.setup import set_up, teacher_view
-from bootcli.sampler import prior_noise, reference_calls, teacher_endpoint
+from bootcli.sampler import prior_noise, reference_calls, teacher_endpoint, teacher_images
 from bootcli.student import Student
 from bootcli.teachers.guided_pool import LEVELS, GuidedPool
 from bootcli.teachers.protocol import Cond
@@ -80,6 +80,19 @@ def test_two_calls_are_half_as_wide() -> None:
     one.teacher.net.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     one.x0(*inputs())
     assert sizes == [4, 4]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun"])
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.6)])
+def test_calls_are_counted_as_they_are_made(interval: tuple[float, float], sampler: Literal["ddim", "heun"]) -> None:
+    """A guided estimate is two calls, and only those within the interval are guided."""
+    guided = view(interval=interval, one_batch=False)
+    guided.teacher.spec = dataclasses.replace(guided.teacher.spec, sampler=sampler)
+    made = []
+    guided.teacher.net.register_forward_pre_hook(lambda module, args: made.append(args))
+    list(teacher_images(guided, 10, lambda rows: guided.teacher.condition([0] * len(rows)), range(4), 4, CPU))
+    assert len(made) == reference_calls(guided, 10)
+    assert reference_calls(guided, 10) < (40 if sampler == "heun" else 21)
 
 
 @pytest.mark.parametrize(("interval", "rows"), [((0.8, 1.0), 4), ((0.0, 1.0), 8)])
@@ -240,6 +253,7 @@ def test_prompts_in_shuffled_epochs_each_have_a_w() -> None:
         ({"guidance_range": (2, float("inf"))}, "guidance_range"),
         ({"guidance_range": (2, 8), "guidance_scale": 3.0}, "--guidance-range many"),
         ({"guidance.interval": (0.5, 0.2)}, r"guidance\.interval = \[0\.5, 0\.2\] does not rise"),
+        ({"correction.guidance_interval": (0.7, 0.0)}, r"correction\.guidance_interval = \[0\.7, 0\] does not rise"),
         ({"guidance.rescale": 1.5}, "rescale"),
     ],
 )
@@ -248,10 +262,18 @@ def test_settings_that_say_nothing(settings: dict[str, object], message: str) ->
         resolve(settings)
 
 
-@pytest.mark.parametrize("guidance", [{"rescale": 0.7}, {"interval": (0.2, 0.8)}, {"one_batch": False}])
-def test_settings_without_an_effect(guidance: dict[str, Any]) -> None:
-    config = DistillConfig(guidance=GuidanceConfig(**guidance))
-    with pytest.raises(UsageError, match=rf"guidance\.{next(iter(guidance))}: this run is not guided"):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("guidance.rescale", 0.7),
+        ("guidance.interval", (0.2, 0.8)),
+        ("guidance.one_batch", False),
+        ("correction.guidance_interval", (0.0, 1.0)),
+    ],
+)
+def test_settings_without_an_effect(name: str, value: object) -> None:
+    config = resolve({name: value})
+    with pytest.raises(UsageError, match=rf"^{name}: this run is not guided"):
         teacher_view(GuidedTeacher(MEAN, 0.4), config, CPU)
     teacher_view(GuidedTeacher(MEAN, 0.4), dataclasses.replace(config, guidance_scale=3.0), CPU)
 

@@ -32,7 +32,7 @@ def test_an_x0_head_starts_near_the_mean_with_the_features_of_start_t(tiny_teach
     student = Student(tiny_teacher, "x0", t_min=0.0)
     eps = torch.randn(4, *tiny_teacher.spec.sample_shape)
     seen: list[torch.Tensor] = []
-    student.start_at(torch.tensor([-0.3]))
+    student.start_at(torch.tensor([-0.3]), eps, Cond())
     student.borrow_features(0.5, eps, Cond())
     for net, t in ((tiny_teacher.net, 0.5), (student.net, 1.0)):
         layer = tiny_teacher.output_layer(net)

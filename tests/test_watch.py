@@ -22,6 +22,7 @@ from bootcli.pipelines.settings import resolve_config, resume_config
 from bootcli.pipelines.setup import set_up
 from bootcli.store.checkpoint import checkpoints
 from bootcli.store.rundir import RunDir
+from bootcli.store.tensors import read_tensors
 from bootcli.teachers.registry import load
 from bootcli.trainer import StepReport, Trainer
 from bootcli.watch import COLLAPSED, NOISY, RISEN, Score, Watch
@@ -132,6 +133,25 @@ def test_best_survives_a_resume(settings: dict[str, object], tmp_path: Path, mon
     assert finished.best is not None
     assert finished.best.step == 2
     assert all(torch.equal(kept[name], tensor) for name, tensor in load_file(RunDir(run).student).items())
+
+
+def test_a_best_student_of_updates_that_a_crash_took_is_not_passed_off(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is newer than the scores after a resume from an older state: what was scored then is not there."""
+    scripted(monkeypatch, 5.0, 4.0, 7.0)
+    run = RunDir(tmp_path / "run")
+    list(distill(resolve_config(settings | {"steps": 2}, {}, {}), run.path))
+    early = run.best.read_bytes()
+    *_, finished = distill(resume_config(run.path, {"steps": 4}, {}, {}), run.path, resume=True)
+    assert run.best.read_bytes() != early
+    run.trim(2)
+    run.checkpoints.joinpath("step-00000004.safetensors").unlink()
+    scripted(monkeypatch, 5.0, 8.0, 7.0)
+    *_, finished = distill(resume_config(run.path, {"steps": 4}, {}, {}), run.path, resume=True)
+    assert isinstance(finished, Finished)
+    assert finished.best is None
+    assert read_tensors(run.student)[1]["step"] == 4
 
 
 def test_a_score_that_fails_loses_no_update(

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from bootcli.config import CorrectionConfig
 from bootcli.deck import Pool
 from bootcli.maths.broadcast import like
-from bootcli.maths.prediction import from_x0, to_x0
+from bootcli.maths.prediction import PredictionType, from_x0, to_x0
+from bootcli.maths.schedule import Coefficients
 from bootcli.maths.signal_ode import from_signal
 from bootcli.objectives.base import conditions, stratified
 from bootcli.student import Student
@@ -35,6 +36,8 @@ from bootcli.teachers.view import TeacherView
 
 FIRST = 1e-2
 """Smallest noise level, as a share of t_max: below it both denoisers return their input."""
+SIGMA_DATA = 0.5
+"""Standard deviation of images in [-1, 1], as EDM has it."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Correction:
 
     Args:
         student: scalar, with gradient for the student; not yet balanced.
-        critic: scalar, with gradient for the critic: the teacher's own training loss.
+        critic: scalar, with gradient for the critic: the usual training loss of its kind (`own_weight`).
         gap: mean square of ``f_g - f`` per sample, (n,), detached: 0 where the student draws as the teacher does.
         pull: as in `bootcli.objectives.base.Terms`, (n,).
     """
@@ -128,7 +131,8 @@ class Corrector:
 
         prediction = critic(x_tau, tau, each).float()
         target = from_x0(spec.prediction, samples, x_tau, at).detach()
-        critic_loss = (prediction - target).square().mean()
+        error = (prediction - target).square().flatten(1).mean(1)
+        critic_loss = (error * own_weight(spec.prediction, at).to(error)).mean()
 
         f = self.teacher.denoise(x_tau, tau, each)
         f_g = spec.threshold(to_x0(spec.prediction, prediction, x_tau, at))
@@ -145,3 +149,14 @@ class Corrector:
         difference = f - f_g
         loss = difference * (f - samples - self.config.alpha * difference) / scale
         return torch.autograd.grad(loss.sum(), samples, retain_graph=True)[0]
+
+
+def own_weight(kind: PredictionType, at: Coefficients) -> Tensor:
+    """What square errors of a raw prediction weigh in the training of a denoiser, (b,), float64.
+
+    Those of x_0 shrink with the noise, by which EDM divides them (Karras et al. 2022, arXiv 2206.00364, table 1:
+    lambda, with sigma_data 1/2); all others count as they are.
+    """
+    if kind != "x0":
+        return torch.ones_like(at.sigma)
+    return (at.sigma**2 + at.alpha**2 * SIGMA_DATA**2) / (at.sigma * SIGMA_DATA) ** 2

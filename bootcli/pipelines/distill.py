@@ -26,6 +26,7 @@ from bootcli.store.artifact import save_student
 from bootcli.store.checkpoint import load_newest, save_checkpoint
 from bootcli.store.files import atomic_file, copy_file
 from bootcli.store.rundir import RunDir
+from bootcli.store.tensors import read_tensors
 from bootcli.teachers.registry import load
 from bootcli.trainer import AGAIN, StepReport, Trainer
 from bootcli.watch import Score, Watch
@@ -166,11 +167,15 @@ class Session:
             rows.append(torch.arange(PREVIEWS) % len(pool))
             if config.watch.every:
                 rows.append((FIRST_SEED + torch.arange(config.watch.num_images)) % len(pool))
+        if self.work.offload_teacher is not None:
+            self.work.view.teacher.net.to(engine.device)  # its text encoder goes where it is
         for done, total in pool.fill(torch.unique(torch.cat(rows))[engine.rank :: engine.num_processes]):
             yield Encoded(done, total)
         engine.wait()
         self._encoded_to = trainer.drawn + count
         self.work.view.teacher.release()
+        if self.work.offload_teacher is not None:
+            self.work.offload_teacher()
         for warning in pool.warnings():
             yield Warned(trainer.step, warning)
 
@@ -223,14 +228,20 @@ class Session:
         if self.config.watch.every:
             yield from self._score()
         best = self._watch.best
+        if best is not None and best.step < self.trainer.step and self._best_step() != best.step:
+            best = None
         if self.engine.is_main:
-            if best is not None and best.step < self.trainer.step and self.rundir.best.is_file():
+            if best is not None and best.step < self.trainer.step:
                 copy_file(self.rundir.best, self.rundir.student)
             else:
                 self._save(self.rundir.student)
         yield from self._preview()  # last: pictures may fail
         seconds = time.perf_counter() - began
         yield Finished(self.rundir.path, self.rundir.student, self.trainer.step, seconds, ended_by, best)
+
+    def _best_step(self) -> object:
+        """Updates of the best student that is kept: after a crash it may be a later one than the scores know of."""
+        return read_tensors(self.rundir.best)[1].get("step") if self.rundir.best.is_file() else None
 
     def _save(self, path: Path) -> None:
         weights = self.trainer.ema.weights

@@ -11,7 +11,7 @@ import torch
 
 from bootcli.batch import Work
 from bootcli.conditions import PromptPool
-from bootcli.config import DistillConfig, GuidanceConfig
+from bootcli.config import DistillConfig, differences
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.judge import Features, make_judge
@@ -32,6 +32,9 @@ from bootcli.student import Student
 from bootcli.teachers.guided_pool import LEVELS, GuidedPool
 from bootcli.teachers.protocol import Cond, Conditions, Teacher
 from bootcli.teachers.view import TeacherView
+
+RECOMPILE_LIMIT = 64
+"""Networks of one class share it, and past it run uncompiled. Each needs a graph for every gradient mode and shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +102,9 @@ def _check_unguided(config: DistillConfig) -> None:
     """Raise `UsageError` for settings that have an effect under guidance alone."""
     if config.negative_prompt is not None:
         raise UsageError("--negative-prompt: without guidance nothing leads away from it.", "Add --guidance-scale 7.5.")
-    usual = GuidanceConfig()
-    for field in dataclasses.fields(usual):
-        if getattr(config.guidance, field.name) != getattr(usual, field.name):
-            raise UsageError(f"guidance.{field.name}: this run is not guided.", "Add --guidance-scale 3, for example.")
+    for name in differences(DistillConfig(), config):
+        if name.startswith("guidance.") or name == "correction.guidance_interval":
+            raise UsageError(f"{name}: this run is not guided.", "Add --guidance-scale 3, for example.")
 
 
 def set_up(
@@ -157,6 +159,7 @@ def set_up(
     times = refiner_times(teacher, config)
     refiner = Refiner(config.refiner, power, view, config.student.t_min, times) if times else None
     if config.optimizer.compile:
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         owners = [student.net, teacher.net, *([] if critic is None else [critic.net])]
         for module in dict.fromkeys([*owners, *([] if judge is None else [judge])]):  # a LoRA's is the teacher's
             module.compile()
@@ -312,7 +315,8 @@ def start(
     cond = shown(range(64)).to(engine.device)
     if student.head == "x0":
         t = torch.full((64,), t_max, dtype=torch.float64)
-        student.start_at(view.x0(like(view.schedule(t).sigma, eps) * eps, t, cond).mean((0, 2, 3)))
+        mean = view.x0(like(view.schedule(t).sigma, eps) * eps, t, cond).mean((0, 2, 3))
+        student.start_at(mean, eps, cond)
     student.borrow_features(start_t, eps, cond)
 
 

@@ -76,11 +76,12 @@ class TeacherView:
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """`x0`, with a gradient for x_t where that asks for one."""
         spec, teacher = self.teacher.spec, self.teacher
-        if self.negative is None or not (inside := self._inside(t)).any():
+        if not (inside := self.is_guided(t)).any():
             prediction = teacher.predict(teacher.net, x_t, t, cond)
         else:
             negative = cond.negative
             if negative is None:
+                assert self.negative is not None, "guided"
                 negative = self.negative.rows(torch.zeros(len(x_t), dtype=torch.long))
             conditional, unconditional = self._branches(x_t, t, cond, negative)
             scale = self.guidance_scale if cond.guidance is None else cond.guidance
@@ -111,8 +112,10 @@ class TeacherView:
         conditional, unconditional = both.chunk(2)
         return conditional, unconditional
 
-    def _inside(self, t: Tensor) -> Tensor:
-        """Whether t lies in the guidance interval, (b,), bool on the CPU."""
+    def is_guided(self, t: Tensor) -> Tensor:
+        """Whether there is guidance at the times t, which costs a second prediction; (b,), bool on the CPU."""
+        if self.negative is None:
+            return torch.zeros_like(t, dtype=torch.bool)
         alpha, sigma = self.schedule(t)
         level = sigma / (alpha + sigma)
         low, high = self.interval

@@ -35,8 +35,9 @@ def student_of(folder: Path, head: Head) -> Student:
     torch.nn.init.normal_(student.time_branch.out.weight)
     spec = student.teacher.spec
     cond = student.teacher.condition([0] if spec.conditioning == "class" else [None])
-    student.start_at(torch.full((spec.sample_shape[0],), 0.1))
-    student.borrow_features(0.5, torch.randn(1, *spec.sample_shape), cond)
+    eps = torch.randn(1, *spec.sample_shape)
+    student.start_at(torch.full((spec.sample_shape[0],), 0.1), eps, cond)
+    student.borrow_features(0.5, eps, cond)
     return student
 
 

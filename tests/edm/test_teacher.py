@@ -24,6 +24,7 @@ from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.pipelines.networks import make_networks
 from bootcli.plugin import VarianceExploding, check_teacher
+from bootcli.student import Student
 from bootcli.teachers.view import TeacherView
 from tests.original_names import RESNET
 
@@ -46,6 +47,19 @@ def test_the_whole_contract(make_pickle: MakePickle, class_name: str, arguments:
     teacher = family.load(make_pickle(class_name, arguments))
     assert check_teacher(teacher, family)
     assert teacher.head() == ("native" if class_name == "EDMPrecond" else "x0")
+
+
+@pytest.mark.parametrize(("class_name", "arguments"), [("VPPrecond", SONG), ("VEPrecond", SONG), ("iDDPMPrecond", ADM)])
+def test_a_student_starts_at_the_mean_that_is_asked_for(
+    make_pickle: MakePickle, class_name: str, arguments: dict[str, Any]
+) -> None:
+    """VE's noise is the negative of what the network gives, and iDDPM's has channels beyond those of the image."""
+    teacher = load(make_pickle(class_name, arguments | {"img_channels": 3}))
+    student = Student(teacher, teacher.head(), t_min=0.0)
+    eps, cond, mean = torch.randn(64, 3, 8, 8), teacher.condition([0] * 64), torch.tensor([-0.4, 0.1, 0.3])
+    student.start_at(mean, eps, cond)
+    with torch.no_grad():
+        assert (student.sample(eps, cond).mean((0, 2, 3)) - mean).abs().max() < 0.1
 
 
 def test_a_halved_teacher_keeps_its_frequencies(make_pickle: MakePickle) -> None:

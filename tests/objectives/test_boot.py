@@ -233,7 +233,7 @@ def test_training_reaches_the_exact_solution(schedule: Schedule, prediction: Pre
     torch.manual_seed(0)
     student = Student(teacher, head, t_min=0.0)
     if head == "x0":
-        student.start_at(torch.zeros(1))
+        student.start_at(torch.zeros(1), noise(4, seed=0), Cond())
 
     @torch.no_grad()
     def error(fraction: float) -> float:

@@ -15,8 +15,8 @@ from bootcli.config import CorrectionConfig, resolve
 from bootcli.critic import Critic
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
-from bootcli.maths.schedule import CosineVP
-from bootcli.objectives.corrector import Correction, Corrector
+from bootcli.maths.schedule import CosineVP, VarianceExploding
+from bootcli.objectives.corrector import Correction, Corrector, own_weight
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond, Teacher
 from bootcli.teachers.view import TeacherView
@@ -130,6 +130,25 @@ def test_critic_learns_the_denoiser_of_the_samples(prediction: Any) -> None:
     for mean, std in ((MEAN, 0.5), (MEAN + 0.4, 0.5), (MEAN + 0.3, 0.7), (MEAN + 0.5, 0.7)):
         other = Critic(GaussianTeacher(mean, std, schedule, prediction), CorrectionConfig())
         assert float(corrected(teacher, student, other).critic) > best
+
+
+def test_critics_errors_weigh_as_in_the_training_of_its_kind() -> None:
+    """EDM's lambda for what predicts x_0, by its formula at sigma_data 1/2; nothing for the others."""
+    at = VarianceExploding()(torch.tensor([0.1, 0.4, 1.0], dtype=torch.float64))
+    expected = [(s**2 + 0.25) / (0.5 * s) ** 2 for s in at.sigma.tolist()]
+    assert own_weight("x0", at).tolist() == pytest.approx(expected)
+    assert own_weight("eps", at).tolist() == [1, 1, 1]
+    teacher = GaussianTeacher(MEAN, 0.5, VarianceExploding(), "x0")
+    critic = Critic(GaussianTeacher(MEAN, 0.7, VarianceExploding(), "x0"), CorrectionConfig())
+    part, student = corrector(teacher), Constant(MEAN, 0.7)
+    draw = part.draw(torch.Generator().manual_seed(0), 8, 1)
+    sigma = teacher.spec.schedule(draw.tau[:, 0]).sigma
+    samples = student(draw.eps, torch.zeros(8, dtype=torch.float64), Cond())
+    x_tau = samples + sigma[:, None, None, None].float() * draw.noise[:, 0]
+    errors = (critic(x_tau, draw.tau[:, 0], Cond()) - samples).square().flatten(1).mean(1)
+    weighted = (errors * (sigma**2 + 0.25) / (0.5 * sigma) ** 2).mean()
+    found = part.loss(student, critic, draw, Cond(), listens=True).critic  # type: ignore[arg-type]
+    assert float(found) == pytest.approx(float(weighted), rel=1e-4)
 
 
 @pytest.mark.parametrize("direction", ["score", "identity"])

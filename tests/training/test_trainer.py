@@ -17,7 +17,7 @@ from bootcli.ema import EMA
 from bootcli.engine import Engine
 from bootcli.errors import BootError
 from bootcli.objectives.base import Terms
-from bootcli.plugin import Teacher
+from bootcli.plugin import Cond, Teacher
 from bootcli.trainer import report as report_of
 from bootcli.trainer import stream
 from tests.training.short import ADVERSARIES, DIRECTIONS, EVERYTHING, build, config_of, every_objective, run
@@ -137,7 +137,7 @@ def test_training_is_as_far_as_its_steps_or_its_time(tiny_teacher: Teacher, monk
 def test_bins_of_the_residual_are_of_the_whole_range() -> None:
     t, residual = torch.tensor([0.05, 0.1, 0.3, 0.45]), torch.tensor([1.0, 3.0, 5.0, 7.0])
     terms = Terms(torch.tensor(0.0), {}, residual, t, residual)
-    bins = report_of(1, 0.0, [MicroBatch(terms, terms.loss, {}, {})], 1.0, 0.0, 0.0, 0.0).residual_bins
+    bins = report_of(1, 0.0, [MicroBatch(terms, terms.loss, {}, {})], 1.0, 0.0, 0.0, 0.0, 4).residual_bins
     assert bins[:3] == (2.0, 5.0, 7.0)
     assert all(math.isnan(each) for each in bins[3:])
 
@@ -195,7 +195,21 @@ def test_mixed_precision_trains(tiny_teacher: Teacher, objective: str) -> None:
     settings = {**EVERYTHING, "objective": objective, ADVERSARIES[objective]: 0.5, "batch_size": 16, "steps": 4}
     _, full = run(tiny_teacher, config_of(**settings))
     _, half = run(tiny_teacher, config_of(**settings, mixed_precision="bf16"))
+    assert {r.images for r in half} == {16}, "of all parts"
     assert [r.loss for r in half] == pytest.approx([r.loss for r in full], rel=0.05)
+
+
+def test_a_call_without_gradient_takes_none_from_the_next(tiny_teacher: Teacher) -> None:
+    """Where half copies of weights are kept, old versions of torch kept those of the first call, which had none."""
+    work, trainer = build(tiny_teacher, config_of(mixed_precision="bf16"))
+    eps, t = torch.randn(2, *tiny_teacher.spec.sample_shape), torch.full((2,), 0.5, dtype=torch.float64)
+    torch.nn.init.ones_(work.student.time_branch.out.weight)
+    with trainer.engine.autocast():
+        assert not torch.is_autocast_cache_enabled()
+        with torch.no_grad():
+            work.student(eps, t, Cond())
+        work.student(eps, t, Cond()).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in work.student.parameters())
 
 
 def test_a_loss_scaler_serves_several_optimizers() -> None:
