@@ -275,6 +275,7 @@ def test_a_student_round_trip(tiny_run: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(
         first.student.state_dict().values(), again.student.state_dict().values(), strict=True
     ))  # fmt: skip
+    assert again.student.teacher.net is again.student.net, "held once"
     assert not any(p.requires_grad for p in again.student.parameters())
     assert not again.student.training
     assert find_artifact(tiny_run / "student") == find_artifact(tiny_run) == first.path

@@ -150,7 +150,10 @@ def build_student(header: Mapping[str, object], teacher: Teacher | None = None, 
     if limits is not None:
         low, high = cast(list[float], limits)
         limits = float(low), float(high)
-    return Student(teacher, cast(Head, header["head"]), float(cast(float, header["t_min"])), lora, limits)
+    student = Student(teacher, cast(Head, header["head"]), float(cast(float, header["t_min"])), lora, limits)
+    if lora is None:
+        teacher.net = student.net  # a copy of one without weights, which would only take memory
+    return student
 
 
 def _read_lora(stored: object) -> LoraWeights:
