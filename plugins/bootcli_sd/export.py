@@ -74,6 +74,11 @@ def write_diffusers(teacher: Teacher, net: nn.Module, head: Head, folder: Path) 
         nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipeline = StableDiffusionPipeline(**parts, **nothing)
     pipeline.save_pretrained(folder, safe_serialization=True)
+    # transformers before 5.6 reads these tensors by their longer names alone, later ones by either; those of SDXL's
+    # second encoder have no others.
+    encoder, _ = teacher.text.pairs[0]
+    longer = {f"text_model.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    encoder.save_pretrained(folder / "text_encoder", state_dict=longer)
     (folder / "README.md").write_text(_CARD.format(**_card(teacher), **_guidance(net)), encoding="utf-8")
 
 

@@ -267,6 +267,15 @@ def test_aliases() -> None:
     assert all(resolve(name).family is family for name in ("sd15", "sd21", "sd21-base", "sdxl"))
 
 
+def older_names(file: Path) -> bool:
+    """Whether the tensors of a text encoder have the names that transformers before 5.6 reads too."""
+    return all(name.startswith(("text_model.", "text_projection.")) for name in load_file(file))
+
+
+def test_older_programs_read_the_embedded_text_encoder() -> None:
+    assert older_names(PACKAGE / "fashion" / "text_encoder" / "model.safetensors")
+
+
 def test_export_is_a_pipeline_of_diffusers(make_folder: MakeFolder, tmp_path: Path) -> None:
     from bootcli.pipelines.distill import distill
     from bootcli.pipelines.export import export
@@ -281,6 +290,8 @@ def test_export_is_a_pipeline_of_diffusers(make_folder: MakeFolder, tmp_path: Pa
         exported = export(tmp_path / f"run{xl}", format="diffusers")
         assert exported.max_abs_difference < 1e-4
         card = (exported.output / "README.md").read_text()
+        for file in exported.output.glob("text_encoder*/*.safetensors"):
+            assert older_names(file)
         pipeline = CLASSES[xl].from_pretrained(exported.output)
         pipeline.set_progress_bar_config(disable=True)
         once = {"num_inference_steps": 1, "guidance_scale": 1, "output_type": "np"}
