@@ -24,6 +24,8 @@ WIDTHS = {"sd1": 768, "sd2": 1024}
 """Of the text that the network attends to."""
 _PADS = {"sd1": ("<|endoftext|>",), "sd2-base": ("!",), "sd2": ("!",), "sdxl": ("<|endoftext|>", "!")}
 """What fills up the prompts of each tokenizer."""
+_PREDICTS = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v"}
+"""What the networks of an architecture in the metadata predict."""
 
 
 def header_of(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
@@ -148,20 +150,28 @@ def kind_of(shapes: Mapping[str, list[int]], metadata: Mapping[str, str], name: 
     """Which model tensors of these shapes are; see `Parts`. Raises `BootError` for one that the family does not run.
 
     What a network predicts its weights do not show. Some files say it: in an empty tensor ``v_pred`` (and ``ztsnr``),
-    or in their metadata. Of the others, a Stable Diffusion 2 is taken for one of 768 pixels, which predicts v, unless
-    its name ends in "-base" or says 512.
+    or in their metadata, as kohya's scripts (``prediction_type``, ``architecture``) or ComfyUI (``predict_key``) write
+    them. Of the others, a Stable Diffusion 2 is taken for one of 768 pixels, which predicts v, unless its name ends in
+    "-base" or says 512.
     """
     first = shapes.get(_FIRST)
     if first is None or first[1] != 4:
         inputs = "no UNet of latent diffusion" if first is None else f"a UNet that reads {first[1]} channels"
         raise BootError(f"{name} holds {inputs}.", "The sd family runs text-to-image models of four latent channels.")
-    says_v = "v_pred" in shapes or metadata.get("modelspec.prediction_type") == "v"
+    if any(each.startswith("edm_") for each in shapes):
+        raise BootError(
+            f"{name} is a model of EDM's kind (CosXL, Playground 2.5), noised in another way than Stable Diffusion.",
+            "The sd family runs SD 1.x, 2.x and XL.",
+        )
+    built = _PREDICTS.get(metadata.get("modelspec.architecture", ""), "")
+    said = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key") or built
+    says_v = "v_pred" in shapes or said.startswith("v")
     marks = (":v" if says_v else "") + (":zero" if "ztsnr" in shapes else "")
     if _XL in shapes:
         return f"sdxl{marks}"
     width = shapes.get(_ATTENTION, [0])[-1]
     if width == WIDTHS["sd2"]:
-        base = not says_v and (name.endswith("-base") or "512" in name)
+        base = not says_v and (said == "epsilon" or name.endswith("-base") or "512" in name)
         return "sd2-base" if base else f"sd2{marks.replace(':v', '')}"
     if width == WIDTHS["sd1"]:
         return f"sd1{marks}"

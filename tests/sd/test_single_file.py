@@ -133,6 +133,13 @@ def test_a_file_is_read_without_a_word(both: tuple[Path, Path], capfd: pytest.Ca
         (1024, {"v_pred": [0]}, {}, "a-512", "sd2"),
         (1024, {single_file._XL: [1280]}, {}, "some", "sdxl"),
         (1024, {single_file._XL: [1280]}, {"modelspec.prediction_type": "v"}, "some", "sdxl:v"),
+        (1024, {}, {"modelspec.prediction_type": "epsilon"}, "some", "sd2-base"),
+        (1024, {}, {"modelspec.architecture": "stable-diffusion-v2-512"}, "some", "sd2-base"),
+        (1024, {}, {"modelspec.architecture": "stable-diffusion-v2-768-v"}, "some-base", "sd2"),
+        (1024, {}, {"modelspec.predict_key": "epsilon"}, "some", "sd2-base"),
+        (1024, {}, {"modelspec.predict_key": "v"}, "some-base", "sd2"),
+        (768, {}, {"modelspec.predict_key": "v"}, "some", "sd1:v"),
+        (768, {}, {"modelspec.predict_key": "epsilon"}, "some", "sd1"),
     ],
 )
 def test_the_kind_shows_in_the_tensors(
@@ -142,6 +149,9 @@ def test_the_kind_shows_in_the_tensors(
     assert single_file.kind_of(shapes | more, metadata, name) == kind
     with pytest.raises(BootError, match="a UNet that reads 9 channels"):
         single_file.kind_of(shapes | {single_file._FIRST: [320, 9, 3, 3]}, {}, name)
+    for edm in ("edm_vpred.sigma_max", "edm_mean"):
+        with pytest.raises(BootError, match="of EDM's kind"):
+            single_file.kind_of(shapes | {edm: []}, {}, name)
     with pytest.raises(BootError, match="texts of width 2048"):
         single_file.kind_of(shapes | {single_file._ATTENTION: [320, 2048]}, {}, name)
 
