@@ -35,5 +35,5 @@ def quietly() -> Iterator[None]:
 def check_whole(place: Path, lacking: Collection[str]) -> None:
     """Raise `BootError` where a folder or a file lacks tensors, for which the libraries put random numbers or none."""
     if lacking:
-        first = ", ".join(sorted(lacking)[:NAMED]) + (", ..." if len(lacking) > NAMED else "")
+        first = ", ".join(sorted(lacking)[:NAMED]) + (" and others" if len(lacking) > NAMED else "")
         raise BootError(f"{place} lacks {len(lacking)} of the tensors that its model has: {first}.", INCOMPLETE)
