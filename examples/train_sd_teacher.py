@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bootcli_sd.export import save_pipeline
 from captioned_fashion import SIDE, Batch, all_captions, draw
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from fashion_data import read_idx
@@ -195,7 +196,7 @@ def main() -> None:
 
     def export() -> None:
         parts = (copy.deepcopy(part).half() for part in (vae, ema))
-        pipeline(*parts, tokenizer, scheduler).save_pretrained(args.output, safe_serialization=True)
+        save_pipeline(pipeline(*parts, tokenizer, scheduler), args.output)
 
     minutes = train(args, model, ema, losses, TIMES, export)
     captions = draw_captions(batches, args.seed)

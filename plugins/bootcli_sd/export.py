@@ -73,13 +73,19 @@ def write_diffusers(teacher: Teacher, net: nn.Module, head: Head, folder: Path) 
     else:
         nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipeline = StableDiffusionPipeline(**parts, **nothing)
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    # transformers before 5.6 reads these tensors by their longer names alone, later ones by either; those of SDXL's
-    # second encoder have no others.
-    encoder, _ = teacher.text.pairs[0]
-    longer = {f"text_model.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    encoder.save_pretrained(folder / "text_encoder", state_dict=longer)
+    save_pipeline(pipeline, folder)
     (folder / "README.md").write_text(_CARD.format(**_card(teacher), **_guidance(net)), encoding="utf-8")
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """Save a pipeline with the names of tensors that every version of transformers reads.
+
+    Before 5.6 it knows those of the text encoder by their longer names alone, later by either; those of SDXL's second
+    encoder have no others.
+    """
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    longer = {f"text_model.{name}": tensor for name, tensor in pipeline.text_encoder.state_dict().items()}
+    pipeline.text_encoder.save_pretrained(folder / "text_encoder", state_dict=longer)
 
 
 def write_lora(teacher: Teacher, lora: LoraWeights, folder: Path) -> None:
