@@ -107,7 +107,7 @@ class BootConfig:
     time_power: PositiveFloat = 1.0
     """1 draws t uniformly; above 1 more of it near data, below 1 near noise."""
     power: Power = 0.0
-    """Weight 1 / error^k of each sample: 0 is the squared error, 0.5 pseudo-Huber, 1 the same pull for all."""
+    """Weight 1 / error^k of each sample: 0 is the squared error, 0.5 pseudo-Huber, 1 the relative error."""
     weight: Literal["auto", "uniform", "velocity", "target"] = "auto"
     """w_t: 1; 1 / tau^2 with tau = sigma / (alpha + sigma); or (1 - r)^2, the plain error of the target. Auto is
     velocity for a flow teacher, else uniform."""
@@ -125,10 +125,10 @@ class FreeFlowConfig:
     """Distance to the noisier neighbour, as a fraction of the time range."""
     derivative: Literal["difference", "jvp"] = "difference"
     """How dy / dlambda is found; jvp is exact, and needs a network with forward-mode derivatives."""
-    weight: Literal["velocity", "uniform"] = "velocity"
-    """Whose squared error is minimised: the average velocity's, 1 / tau^2 times that of y; or that of y."""
-    power: Power = 1.0
-    """As in boot."""
+    weight: Literal["velocity", "uniform"] = "uniform"
+    """Whose squared error counts: the average velocity's (the paper's), 1 / tau^2 times that of y; or that of y."""
+    power: Power = 0.5
+    """As in boot; the paper's is 1."""
     beta: Annotated[float, Ge(0)] = 1.0
     """Weight of the boundary term."""
     boundary_every: Positive = 4

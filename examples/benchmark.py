@@ -65,12 +65,18 @@ PAIRED = 1000
 OBJECTIVES: dict[str, dict[str, object]] = {
     "default": {},
     "boot": {"objective": "boot"},
-    "freeflow": {"objective": "freeflow", "corrector": True, "correction.direction": "score"},
+    "freeflow": {
+        "objective": "freeflow",
+        "freeflow.power": 1.0,
+        "freeflow.weight": "velocity",
+        "corrector": True,
+        "correction.direction": "score",
+    },
     "kd": {"objective": "kd", "kd.adversary": 0.0},
     "few-step": {"refiner.share": 0.15},
 }
 """What each student is trained on; all else is the teacher's recipe. boot and kd are plain: without corrector and
-adversary. freeflow has the corrector's direction of its paper."""
+adversary. freeflow has the weights and the corrector's direction of its paper."""
 LEVERS: tuple[tuple[str, dict[str, object]], ...] = (
     ("default", {}),
     ("default", {"kd.adversary": 0.25}),
@@ -126,6 +132,7 @@ LEVERS: tuple[tuple[str, dict[str, object]], ...] = (
     ("freeflow", {"freeflow.power": 0.0}),
     ("freeflow", {"freeflow.power": 0.5}),
     ("freeflow", {"freeflow.weight": "uniform"}),
+    ("freeflow", {"freeflow.power": 0.5, "freeflow.weight": "uniform"}),
 )
 """Settings changed one at a time, of which student; none is what the others are compared with."""
 ENDLESS = {

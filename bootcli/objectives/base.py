@@ -193,8 +193,10 @@ def at_boundary(
 def adaptive(square: Tensor, power: float) -> Tensor:
     """The weight ``1 / (square + c)^power`` of each sample, (b,), without gradient.
 
-    power 0 is the plain squared error; 0.5 has the gradient of the pseudo-Huber loss with c^2 = 1e-4; 1 gives every
-    sample the same pull, however large its error (FreeFlow, Tong et al. 2025, arXiv 2511.19428).
+    power 0 is the plain squared error; 0.5 has the gradient of the pseudo-Huber loss with c^2 = 1e-4, with which every
+    larger error pulls alike; 1 (FreeFlow, Tong et al. 2025, arXiv 2511.19428) gives every sample the same share of the
+    loss, and those with small errors the greater pull. They are at little noise, where a student that draws y itself,
+    and not the paper's average velocity, feels them 1 / tau times as much.
 
     Args:
         square: mean square of each sample's residual, (b,).

@@ -67,14 +67,19 @@ def test_constant_error_of_a_point_mass_student_is_its_residual() -> None:
     assert torch.allclose(boot.loss(Exact(teacher, 1.0, 0.5), draw, Cond()).residual, torch.tensor(0.25))  # type: ignore[arg-type]
 
 
-def test_weight_is_the_velocitys() -> None:
-    """power 0 is the mean of (R / tau)^2; power 1 makes every sample's loss 1 and its pull 2 / |R|."""
+def test_weights() -> None:
+    """Those of the paper: power 0 is the mean of (R / tau)^2, power 1 makes every sample's loss 1 and its pull 2 / |R|.
+    Ours: a pull of 2 at every time, however large the error."""
     teacher, draw = GaussianTeacher(MEAN, 0.0, LinearPath()), drawn(0.1, 0.2, 0.9)
-    plain = terms_of(teacher, draw, shift=0.5, power=0.0, beta=0.0)
+    plain = terms_of(teacher, draw, shift=0.5, weight="velocity", power=0.0, beta=0.0)
     assert plain.loss.item() == pytest.approx(float((0.25 / draw.s**2).mean()), rel=1e-4)
-    scaled = terms_of(teacher, draw, shift=0.5, power=1.0, beta=0.0)
+    scaled = terms_of(teacher, draw, shift=0.5, weight="velocity", power=1.0, beta=0.0)
     assert scaled.loss.item() == pytest.approx(1.0, rel=1e-2)
     assert torch.allclose(scaled.pull, torch.tensor(2 / 0.5), rtol=1e-2)
+    for shift in (0.5, 2.0):
+        ours = terms_of(teacher, draw, shift=shift, beta=0.0)
+        assert ours.loss.item() == pytest.approx(shift, rel=1e-2)
+        assert torch.allclose(ours.pull, torch.tensor(2.0), rtol=1e-2)
 
 
 def test_gradient_is_at_the_cleaner_time_and_the_difference_looks_to_noise() -> None:
