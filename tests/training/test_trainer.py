@@ -87,10 +87,19 @@ def test_critic_warms_up_before_the_student_listens(tiny_teacher: Teacher) -> No
         return loss(*args, listens=listens)
 
     trainer.work.corrector.loss = watched  # type: ignore[union-attr, method-assign]
+    predicts: list[int] = []
+    prediction = work.objective.loss
+
+    def counted(*args: Any) -> Terms:
+        predicts.append(len((terms := prediction(*args)).residual))
+        return terms
+
+    work.objective.loss = counted  # type: ignore[method-assign]
     reports = trainer.run()
-    assert next(reports).images == 8  # samples that predict
+    assert next(reports).images == 8
     assert torch.equal(first, next(iter(work.critic.parameters())))
-    assert next(reports).images == 6
+    assert next(reports).images == 8
+    assert predicts == [8, 6]
     assert not torch.equal(first, next(iter(work.critic.parameters())))
     list(reports)
     assert heard == [False, False, True, True]
