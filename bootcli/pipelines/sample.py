@@ -111,7 +111,7 @@ def sample(
         raise UsageError("--nfe is of the student and --teacher-steps of the teacher.", "Give one of them.")
     if output is not None:
         check_free(output, overwrite=overwrite)
-    if prompts is not None and teacher_steps is None:  # negative prompts are built into a student
+    if prompts is not None and prompts.own_negatives and teacher_steps is None:  # a student has them built in
         prompts = Prompts(dataclasses.replace(prompt, negative=None) for prompt in prompts)
     artifact = load_student(run)
     if resolution is not None:

@@ -38,8 +38,15 @@ def test_a_run_gives_elsewhere_what_it_gives_here(tiny_ddpm: Path, objective: st
     config = config_of(**settings | {"correction.warmup": 1}, steps=2, max_minutes=60.0)
     _, here = run(load(str(tiny_ddpm)).teacher, config)
     teacher = load(str(tiny_ddpm)).teacher
-    with elsewhere():
+    mean, asked = Engine.mean, set()
+
+    def watched(engine: Engine, value: torch.Tensor) -> torch.Tensor:
+        asked.add(value.device)
+        return mean(engine, value)
+
+    with elsewhere() as device, mock.patch.object(Engine, "mean", watched):
         _, there = run(teacher, config)
+    assert asked == {device}, "several GPUs can average nothing that is on the CPU"
     assert [report.loss for report in there] == pytest.approx([report.loss for report in here], rel=1e-5)
 
 

@@ -17,6 +17,7 @@ from bootcli.ema import EMA
 from bootcli.engine import Engine
 from bootcli.errors import BootError
 from bootcli.objectives.base import Terms
+from bootcli.pipelines.setup import RECOMPILE_LIMIT
 from bootcli.plugin import Cond, Teacher
 from bootcli.trainer import report as report_of
 from bootcli.trainer import stream
@@ -219,6 +220,15 @@ def test_a_call_without_gradient_takes_none_from_the_next(tiny_teacher: Teacher)
             work.student(eps, t, Cond())
         work.student(eps, t, Cond()).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in work.student.parameters())
+
+
+def test_compiled_networks_of_one_class_have_room(tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Student, teacher and critic share one limit of graphs, and torch's 8 are too few for them."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    build(tiny_teacher, config_of(**EVERYTHING))
+    assert torch._dynamo.config.recompile_limit == 8
+    build(tiny_teacher, config_of(**EVERYTHING, **{"optimizer.compile": True}))
+    assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT > 8
 
 
 def test_a_loss_scaler_serves_several_optimizers() -> None:
