@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from bootcli_sd.teacher import SDTeacher
+from torch import nn
 
 from bootcli.critic import Critic
 from bootcli.engine import Engine
@@ -101,10 +102,17 @@ def test_networks_take_times_that_several_processes_moved(tiny_teacher: Teacher)
     work, _ = build(tiny_teacher, config_of())
     eps, t = torch.randn(2, *tiny_teacher.spec.sample_shape), torch.full((2,), 0.5, dtype=torch.float64)
     expected = work.student(eps, t, Cond(), t).detach(), critic(eps, t, Cond()).detach()
-    with elsewhere(float64=True) as device:
+    predict, told = tiny_teacher.predict, set()
+
+    def watched(net: nn.Module, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+        told.add(t.device)
+        return predict(net, x_t, t, cond)
+
+    with elsewhere(float64=True) as device, mock.patch.object(tiny_teacher, "predict", watched):
         for network in (work.student, critic):
             network.to(device)
         moved = t.to(device)
         found = work.student(eps.to(device), moved, Cond(), moved), critic(eps.to(device), moved, Cond())
         for each, one in zip(found, expected, strict=True):
             torch.testing.assert_close(each.detach().cpu(), one)
+    assert told == {torch.device("cpu")}, "as the contract of teachers has it"
