@@ -116,10 +116,13 @@ def test_a_file_is_read_without_a_word(both: tuple[Path, Path], capfd: pytest.Ca
     """Of diffusers, which talks to others as before."""
     _, file = both
     capfd.readouterr()
+    logging.set_verbosity_info()
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     load(file)
     assert capfd.readouterr().err == ""
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    after = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_warning()  # what other tests begin with
+    assert after == before
     assert before[1]
 
 
