@@ -65,7 +65,8 @@ PAIRED = 1000
 OBJECTIVES: dict[str, dict[str, object]] = {
     "default": {},
     "boot": {"objective": "boot"},
-    "freeflow": {
+    "freeflow": {"objective": "freeflow", "corrector": True},
+    "freeflow-paper": {
         "objective": "freeflow",
         "freeflow.power": 1.0,
         "freeflow.weight": "velocity",
@@ -76,7 +77,7 @@ OBJECTIVES: dict[str, dict[str, object]] = {
     "few-step": {"refiner.share": 0.15},
 }
 """What each student is trained on; all else is the teacher's recipe. boot and kd are plain: without corrector and
-adversary. freeflow has the weights and the corrector's direction of its paper."""
+adversary. freeflow has its corrector, and as in its paper also the weights of that, and its direction."""
 LEVERS: tuple[tuple[str, dict[str, object]], ...] = (
     ("default", {}),
     ("default", {"kd.adversary": 0.25}),
@@ -130,9 +131,9 @@ LEVERS: tuple[tuple[str, dict[str, object]], ...] = (
     ("freeflow", {"freeflow.derivative": "jvp"}),
     ("freeflow", {"freeflow.delta": 0.1}),
     ("freeflow", {"freeflow.power": 0.0}),
-    ("freeflow", {"freeflow.power": 0.5}),
-    ("freeflow", {"freeflow.weight": "uniform"}),
-    ("freeflow", {"freeflow.power": 0.5, "freeflow.weight": "uniform"}),
+    ("freeflow", {"freeflow.power": 1.0}),
+    ("freeflow", {"freeflow.weight": "velocity"}),
+    ("freeflow", {"freeflow.power": 1.0, "freeflow.weight": "velocity"}),
 )
 """Settings changed one at a time, of which student; none is what the others are compared with."""
 ENDLESS = {
