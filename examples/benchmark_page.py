@@ -50,12 +50,11 @@ def rows_of(cells: Sequence[dict[str, Any]], order: Sequence[str]) -> list[Row]:
 
 def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) -> str:
     """The section of one teacher, in Markdown."""
-    facts = next((cell for cell in cells if "objective" in cell), cells[0])
+    facts = cells[0]
     right = " right class |" if any("accuracy" in row for cell in cells for row in cell.get("student", [cell])) else ""
     lines = [
         f"## `{teacher}`", "",
-        f"{facts['num_images']:,} images for each number; {facts['device']}; "
-        f"training in {facts.get('mixed_precision', 'float32')}; torch {facts['torch']}.", "",
+        f"{facts['num_images']:,} images for each number; {trained_on(cells)}torch {facts['torch']}.", "",
         f"![FID against network calls]({teacher}/nfe.png) ![FID against training time]({teacher}/time.png)", "",
         f"| student | training | updates | network calls | FID | precision | recall |{right} paired error | seeds |",
         f"|---|--:|--:|--:|--:|--:|--:|{'--:|' if right else ''}--:|--:|",
@@ -79,6 +78,20 @@ def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) ->
         quality = f"{cell['precision']:.3f} | {cell['recall']:.3f} |{accuracy}"
         lines.append(f"| {solver} | {cell['nfe']} | {cell['fid']:.2f} | {quality}")
     return "\n".join([*lines, *lever_table(cells), ""])
+
+
+def trained_on(cells: Sequence[dict[str, Any]]) -> str:
+    """The machine and precision of the students; where some had others than most, which and what."""
+    where: dict[str, list[str]] = {}
+    for cell in cells:
+        if "mixed_precision" in cell:
+            precision = cell["mixed_precision"].replace("no", "float32")
+            where.setdefault(f"{cell['device']}, in {precision}", []).append(cell["cell"])
+    if not where:
+        return ""
+    most, *others = sorted(where, key=lambda key: -len(where[key]))
+    rest = "".join(f"; {', '.join(where[key])} on {key}" for key in others)
+    return f"training on {most}{rest}; "
 
 
 def lever_table(cells: Sequence[dict[str, Any]]) -> list[str]:
