@@ -41,8 +41,9 @@ class StudentConfig:
 
     head: Literal["auto", "native", "x0"] = "auto"
     """Output parameterisation; auto is the teacher's own advice."""
-    max_gain: Annotated[float, Ge(1)] = 20.0
-    """Largest 1 / alpha at which an eps teacher is asked; sets t_max."""
+    max_gain: PositiveFloat | None = None
+    """Largest sigma / alpha at which paths begin; sets t_max. None is 20 for eps teachers, whose error it multiplies,
+    and for EDM's kind, where steps above it decide nothing; others begin at t = 1."""
     start_t: Fraction | None = None
     """Time of the teacher whose features the student starts with; None is 0.5 for an x0 head, else 1: its own."""
     t_min: Annotated[float, Interval(ge=0, lt=1)] = 0.0
@@ -208,8 +209,8 @@ class AdversaryConfig:
     """Updates before there is a judge."""
     warmup: Count = 100
     """Updates in which the judge learns and the student does not listen yet."""
-    levels: tuple[Fraction, Fraction] = (0.01, 0.15)
-    """Least and greatest noise that it looks through, as fractions of the time range."""
+    sigmas: tuple[PositiveFloat, PositiveFloat] = (0.035, 0.36)
+    """Least and greatest noise level sigma / alpha that it looks through."""
     width: Positive = 64
     """Hidden channels of each of the judge's heads."""
     learning_rate_scale: PositiveFloat = 1.0

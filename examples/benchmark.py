@@ -82,7 +82,7 @@ LEVERS: tuple[tuple[str, dict[str, object]], ...] = (
     ("default", {}),
     ("default", {"kd.adversary": 0.25}),
     ("default", {"kd.adversary": 1.5}),
-    ("default", {"adversary.levels": (0.01, 0.6)}),
+    ("default", {"adversary.sigmas": (0.035, 2.25)}),
     ("default", {"adversary.width": 32}),
     ("default", {"adversary.learning_rate_scale": 0.3}),
     ("default", {"corrector": True}),

@@ -43,7 +43,7 @@ SOUND = [
     (schedule, prediction)
     for schedule in (LinearPath(), CosineVP(), DDPM, VarianceExploding())
     for prediction in get_args(PredictionType)
-    if prediction != "eps" or schedule.largest_t(1e8) == 1  # eps says nothing where alpha(1) = 0
+    if prediction != "eps" or schedule.time_of(1e8) == 1  # eps says nothing where alpha(1) = 0
 ]
 
 

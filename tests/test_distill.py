@@ -17,8 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bootcli.closed_form import GaussianTeacher
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
+from bootcli.maths.prediction import PredictionType
+from bootcli.maths.schedule import Schedule, VarianceExploding
 from bootcli.objectives.adversary import Adversary
 from bootcli.objectives.corrector import Corrector
 from bootcli.pipelines import distill as pipeline
@@ -26,10 +29,12 @@ from bootcli.pipelines.distill import distill
 from bootcli.pipelines.estimate import dry_run
 from bootcli.pipelines.events import Finished, Previewed, Saved, Started, Stepped
 from bootcli.pipelines.settings import resolve_config, resume_config
-from bootcli.pipelines.setup import set_up
+from bootcli.pipelines.setup import set_up, start_time
 from bootcli.store.rundir import RunDir
 from bootcli.teachers.registry import load
 from bootcli.trainer import StepReport, Trainer
+from tests.objectives.closed import DDPM, MEAN
+from tests.training.short import config_of
 
 
 @pytest.fixture
@@ -201,8 +206,8 @@ def test_overwrite_replaces_an_earlier_run(settings: dict[str, object], tmp_path
         ({"classes": (1,)}, "has no classes"),
         ({"guidance_scale": 3.0}, "unconditional"),
         ({"negative_prompt": "blurry"}, "takes no prompts"),
-        ({"student.max_gain": 1.0, "student.t_min": 0.5}, "no time range"),
-        ({"student.max_gain": 1.0}, "no time range"),
+        ({"student.max_gain": 2.0, "student.t_min": 0.5}, "no time range"),
+        ({"student.max_gain": 0.001}, "no time range"),
         ({"student.path_start": "noise"}, r"paths begin at t = 0\.\d\d\."),
     ],
 )
@@ -324,3 +329,23 @@ def test_a_resumed_run_does_not_need_what_it_started_from(settings: dict[str, ob
     set_up(load(config.teacher).teacher, config, engine, fresh=False)
     with pytest.raises(BootError, match="gone"):
         set_up(load(config.teacher).teacher, config, engine)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "said", "level"),
+    [
+        (DDPM, "eps", None, 20.0),
+        (DDPM, "eps", 5.0, 5.0),
+        (VarianceExploding(), "x0", None, 20.0),
+        (VarianceExploding(), "x0", 10.0, 10.0),
+        (VarianceExploding(), "x0", 100.0, 80.0),
+        (DDPM, "v", None, 157.4),  # all there is
+        (DDPM, "v", 10.0, 10.0),
+    ],
+)
+def test_the_noise_level_where_paths_begin(
+    schedule: Schedule, prediction: PredictionType, said: float | None, level: float
+) -> None:
+    teacher = GaussianTeacher(MEAN, 0.5, schedule, prediction)
+    at = schedule(torch.tensor(start_time(teacher, config_of(**{"student.max_gain": said})), dtype=torch.float64))
+    assert float(at.sigma / at.alpha) == pytest.approx(level, rel=1e-3)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -51,27 +50,23 @@ class Schedule(ABC):
         alpha, sigma = self(torch.ones(1, dtype=torch.float64))
         return float((alpha / sigma) ** 2)
 
-    def largest_t(self, max_gain: float) -> float:
-        """The largest t with ``1 / alpha_t <= max_gain`` (1.0 if that holds everywhere).
-
-        An eps-prediction is turned into x_0 with the factor 1 / alpha, so this bounds how much the conversion
-        amplifies the network's error.
-        """
-        return self._largest(lambda at: bool(at.alpha * max_gain >= 1))
-
     def time_of(self, ratio: float) -> float:
-        """The largest t with ``sigma_t / alpha_t <= ratio`` (1.0 if that holds everywhere): that of a noise level."""
-        return self._largest(lambda at: bool(at.sigma <= ratio * at.alpha))
+        """The largest t with ``sigma_t / alpha_t <= ratio`` (1.0 if that holds everywhere): that of a noise level.
 
-    def _largest(self, holds: Callable[[Coefficients], bool]) -> float:
-        """The largest t where that holds, by bisection: alpha falls and sigma / alpha rises monotonically in t."""
+        By bisection, as the ratio rises with t. An eps prediction is turned into x_0 with this factor, so it is also
+        how much the conversion amplifies the network's error.
+        """
         low, high = 0.0, 1.0
-        if holds(self(torch.tensor(high, dtype=torch.float64))):
+        if self._within(high, ratio):
             return high
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if holds(self(torch.tensor(middle, dtype=torch.float64))) else (low, middle)
+            low, high = (middle, high) if self._within(middle, ratio) else (low, middle)
         return low
+
+    def _within(self, t: float, ratio: float) -> bool:
+        alpha, sigma = self(torch.tensor(t, dtype=torch.float64))
+        return bool(sigma <= ratio * alpha)
 
 
 @dataclass(frozen=True)

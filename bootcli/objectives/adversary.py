@@ -84,7 +84,6 @@ class Adversary:
         balance: its pull, in units of that of the regression whose ends it looks at.
         beside: which regression that is.
         features: of the teacher.
-        t_max: the end of the time range.
     """
 
     def __init__(
@@ -93,17 +92,16 @@ class Adversary:
         balance: float,
         beside: Literal["prediction", "replay"],
         features: Features,
-        t_max: float,
     ) -> None:
         self.config = config
         self.balance = balance
         self.beside = beside
         self.features = features
-        self.t_max = t_max
+        self._range = tuple(features.teacher.spec.schedule.time_of(sigma) for sigma in config.sigmas)
 
     def draw(self, generator: torch.Generator, batch_size: int) -> AdversaryDraw:
         """Noise levels, stratified over the batch."""
-        low, high = (level * self.t_max for level in self.config.levels)
+        low, high = self._range
         noise = torch.randn(batch_size, *self.features.teacher.spec.sample_shape, generator=generator)
         return AdversaryDraw(stratified(generator, batch_size, low, high), noise)
 

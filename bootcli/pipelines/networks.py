@@ -133,7 +133,7 @@ def adversary_beside(config: DistillConfig) -> Literal["prediction", "replay"] |
         if not config.replay.share:
             raise UsageError("replay.adversary needs stored paths.", "Set replay.share, to 0.375 for example.")
         beside = "replay"
-    low, high = config.adversary.levels
+    low, high = config.adversary.sigmas
     if beside and not low < high:
-        raise UsageError(f"adversary.levels = [{low}, {high}] do not rise.")
+        raise UsageError(f"adversary.sigmas = [{low}, {high}] do not rise.")
     return beside

@@ -33,6 +33,8 @@ from bootcli.teachers.guided_pool import LEVELS, GuidedPool
 from bootcli.teachers.protocol import Cond, Conditions, Teacher
 from bootcli.teachers.view import TeacherView
 
+MAX_GAIN = 20.0
+"""sigma / alpha where paths begin, unless it is said."""
 RECOMPILE_LIMIT = 64
 """Networks of one class share it, and past it run uncompiled. Each needs a graph for every gradient mode and shape."""
 
@@ -150,7 +152,7 @@ def set_up(
     adversary, judge = None, None
     if beside and features is not None:
         balance = (config.kd if beside == "prediction" else config.replay).adversary
-        adversary = Adversary(config.adversary, balance, beside, features, t_max)
+        adversary = Adversary(config.adversary, balance, beside, features)
         first = pool.rows(torch.zeros(1, dtype=torch.long)).to(engine.device)
         judge = make_judge(features, first, config.adversary.width)
     corrector = Corrector(config.correction, view, config.student.t_min, t_max) if config.corrector else None
@@ -228,7 +230,7 @@ def without_auto(teacher: Teacher, config: DistillConfig, engine: Engine) -> Dis
     return dataclasses.replace(
         config,
         mixed_precision=engine.mixed_precision,
-        student=dataclasses.replace(config.student, head=head, start_t=start_t),
+        student=dataclasses.replace(config.student, head=head, start_t=start_t, max_gain=max_gain_of(teacher, config)),
         boot=dataclasses.replace(config.boot, weight=weight),
         corrector=config.objective == "freeflow" if config.corrector is None else config.corrector,
     )
@@ -285,20 +287,23 @@ def refinement_starts(teacher: Teacher, config: DistillConfig, nfe: int) -> tupl
 
 
 def start_time(teacher: Teacher, config: DistillConfig) -> float:
-    """t_max: the largest t at which the teacher's x_0 is not amplified beyond ``student.max_gain``.
-
-    Only eps (and, much less, v) predictions are divided by alpha; other teachers start at t = 1.
-    """
-    schedule, student = teacher.spec.schedule, config.student
-    t_max = schedule.largest_t(student.max_gain) if teacher.spec.prediction == "eps" else 1.0
+    """t_max: the largest t with a noise level of at most ``student.max_gain``."""
+    student, max_gain = config.student, max_gain_of(teacher, config)
+    t_max = 1.0 if max_gain is None else teacher.spec.schedule.time_of(max_gain)
     if t_max < student.t_min + 0.01:
-        raise UsageError(f"student.max_gain {student.max_gain} leaves no time range above t_min {student.t_min}.")
+        raise UsageError(f"student.max_gain {max_gain:g} leaves no time range above t_min {student.t_min}.")
     if student.path_start == "noise" and t_max < 1:
         raise UsageError(
-            f"student.path_start=noise: with student.max_gain {student.max_gain:g} paths begin at t = {t_max:.2f}.",
+            f"student.path_start=noise: with student.max_gain {max_gain:g} paths begin at t = {t_max:.2f}.",
             "Raise student.max_gain, or take student.path_start=estimate.",
         )
     return t_max
+
+
+def max_gain_of(teacher: Teacher, config: DistillConfig) -> float | None:
+    """``student.max_gain``, or what it is for this teacher where it says nothing."""
+    noisy = teacher.spec.prediction == "eps" or teacher.spec.schedule.prior_scale > 1
+    return MAX_GAIN if config.student.max_gain is None and noisy else config.student.max_gain
 
 
 @torch.no_grad()

@@ -100,19 +100,20 @@ def test_grid_of_edm_is_equation_5() -> None:
     assert schedule(schedule.grid(steps)).sigma.tolist() == pytest.approx([*levels, 0.0], rel=1e-9)
 
 
-@pytest.mark.parametrize(("gain", "about"), [(20.0, 0.77), (2.0, 0.37)])
-def test_largest_t_of_linear_betas(gain: float, about: float) -> None:
+@pytest.mark.parametrize(("gain", "about"), [(20.0, 0.77), (2.0, 0.40)])
+def test_time_of_a_gain_of_linear_betas(gain: float, about: float) -> None:
     """The bound falls between the last table entry that keeps it and the first that does not."""
-    found = DDPM.largest_t(gain)
-    kept = sum(squared >= gain**-2 for squared in DDPM.alphas_cumprod)
+    found = DDPM.time_of(gain)
+    kept = sum((1 - squared) / squared <= gain**2 for squared in DDPM.alphas_cumprod)
     assert kept / 1000 <= found < (kept + 1) / 1000
     assert found == pytest.approx(about, abs=0.005)
-    assert 1 / at(DDPM, found)[0] <= gain < 1 / at(DDPM, found + 1e-9)[0]
+    (alpha, sigma), (alpha_above, sigma_above) = at(DDPM, found), at(DDPM, found + 1e-9)
+    assert sigma / alpha <= gain < sigma_above / alpha_above
 
 
-def test_largest_t_is_1_where_the_gain_is_bounded_everywhere() -> None:
-    assert VarianceExploding().largest_t(20.0) == 1.0
-    assert DDPM.largest_t(1e3) == 1.0
+def test_time_of_is_1_where_the_gain_is_bounded_everywhere() -> None:
+    assert VarianceExploding().time_of(80.0) == 1.0
+    assert DDPM.time_of(1e3) == 1.0
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -147,7 +147,7 @@ def test_all_weight_of_the_last_step_is_at_the_end_of_the_path(schedule: Schedul
 @every_schedule
 def test_gaussian_path_is_reached(schedule: Schedule, solver: Solver) -> None:
     """Many small steps end on the closed form of `GaussianTeacher.exact_signal`, which pins both."""
-    start = schedule.largest_t(20.0)
+    start = schedule.time_of(20.0)
     teacher = GaussianTeacher(torch.tensor([[[-0.5, 0.8]]], dtype=torch.float64), 0.4, schedule)
     eps, full = noise(4, 1, 1, 2), torch.full((4,), start, dtype=torch.float64)
     y = teacher.denoise(schedule(full).sigma.reshape(-1, 1, 1, 1) * eps, full)

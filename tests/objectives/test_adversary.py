@@ -16,7 +16,7 @@ from bootcli.config import AdversaryConfig, CorrectionConfig
 from bootcli.critic import Critic
 from bootcli.errors import UsageError
 from bootcli.judge import Features, Judge, make_judge
-from bootcli.maths.schedule import CosineVP
+from bootcli.maths.schedule import CosineVP, LinearPath, Schedule
 from bootcli.maths.signal_ode import from_signal
 from bootcli.objectives.adversary import Adversary, AdversaryDraw, Judged, Verdict
 from bootcli.objectives.base import Ends
@@ -34,7 +34,7 @@ class Open(GaussianTeacher):
 
 
 def adversary(teacher: Teacher, **config: Any) -> Adversary:
-    return Adversary(AdversaryConfig(**config), 1.0, "prediction", Features(teacher), 1.0)
+    return Adversary(AdversaryConfig(**config), 1.0, "prediction", Features(teacher))
 
 
 def ends_of(samples: Tensor, points: Tensor) -> Ends:
@@ -122,17 +122,18 @@ def test_the_student_hears_nothing_while_the_judge_warms_up() -> None:
     assert torch.autograd.grad(later.student, samples)[0].any()
 
 
-def test_levels_are_shares_of_the_time_range() -> None:
-    part = Adversary(AdversaryConfig(levels=(0.1, 0.3)), 1.0, "prediction", Features(Open(WIDE, 0.5, CosineVP())), 0.5)
-    tau = part.draw(torch.Generator().manual_seed(0), 64).tau
-    assert float(tau.min()) == pytest.approx(0.05, abs=0.01)
-    assert float(tau.max()) == pytest.approx(0.15, abs=0.01)
+@pytest.mark.parametrize("schedule", [CosineVP(), LinearPath()])
+def test_noise_levels_are_the_same_under_every_clock(schedule: Schedule) -> None:
+    part = adversary(Open(WIDE, 0.5, schedule), sigmas=(0.1, 0.3))
+    at = schedule(part.draw(torch.Generator().manual_seed(0), 640).tau)
+    assert float((at.sigma / at.alpha).min()) == pytest.approx(0.1, abs=1e-3)
+    assert float((at.sigma / at.alpha).max()) == pytest.approx(0.3, abs=1e-3)
 
 
 def test_it_moves_a_student_to_the_teachers_distribution() -> None:
     """Without any regression: a Gaussian of another mean and width becomes the teacher's."""
     torch.manual_seed(0)
-    part, judge = adversary(Open(WIDE, 0.5, CosineVP()), levels=(0.1, 0.3)), Judge([1], 16)
+    part, judge = adversary(Open(WIDE, 0.5, CosineVP()), sigmas=(0.16, 0.5)), Judge([1], 16)
     mean, std = nn.Parameter(WIDE + 0.4), nn.Parameter(torch.tensor(0.9))
     of_student = torch.optim.Adam([mean, std], lr=5e-3, betas=(0.5, 0.9))
     of_judge = torch.optim.Adam(judge.parameters(), lr=5e-3, betas=(0.5, 0.9))

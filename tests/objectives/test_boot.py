@@ -48,7 +48,7 @@ def test_zero_at_a_point_mass(schedule: Schedule, solver: Solver, weight: str) -
 
 @pytest.mark.parametrize("prediction", get_args(PredictionType))
 def test_zero_at_a_point_mass_whatever_is_predicted(prediction: PredictionType) -> None:
-    t_max = DDPM.largest_t(20.0)
+    t_max = DDPM.time_of(20.0)
     terms = boot_loss(GaussianTeacher(MEAN, 0.0, DDPM, prediction), drawn(0.2, 0.2, t_max), t_max)
     assert terms.loss.item() < 1e-9  # what is left is float32: the conversion of eps amplifies its rounding by 20
 
@@ -65,7 +65,7 @@ def test_residual_at_the_gaussian_student_is_of_the_solvers_order(schedule: Sche
 
 @every_schedule
 def test_boundary_is_the_start_of_the_exact_path(schedule: Schedule) -> None:
-    t_max = schedule.largest_t(20.0)
+    t_max = schedule.time_of(20.0)
     teacher, draw = GaussianTeacher(MEAN, 0.5, schedule), drawn(0.1, 0.2, 0.7)
     assert boot_loss(teacher, draw, t_max).parts["boundary"] < 1e-12
     # A constant error shows in full at the boundary; along the path only what a step does not carry on.
@@ -228,7 +228,7 @@ def train(student: Student, objective: Boot, steps: int) -> None:
 )
 def test_training_reaches_the_exact_solution(schedule: Schedule, prediction: PredictionType, head: Head) -> None:
     """500 updates bring the root mean square error below 0.05 along the path and 0.13 at its end, from 0.4 to 0.7."""
-    teacher, t_max = GaussianTeacher(MEAN, 0.5, schedule, prediction), schedule.largest_t(20.0)
+    teacher, t_max = GaussianTeacher(MEAN, 0.5, schedule, prediction), schedule.time_of(20.0)
     t_max = t_max if prediction == "eps" else 1.0
     torch.manual_seed(0)
     student = Student(teacher, head, t_min=0.0)

@@ -129,7 +129,7 @@ def test_what_is_refined_is_judged_from_where_it_started(tiny_teacher: Teacher) 
     [
         ({"replay.adversary": 0.5}, "needs stored paths"),
         ({"objective": "kd", "replay.share": 0.25, "replay.adversary": 0.5}, "Set kd.adversary"),
-        ({"objective": "kd", "kd.adversary": 0.5, "adversary.levels": [0.2, 0.1]}, "do not rise"),
+        ({"objective": "kd", "kd.adversary": 0.5, "adversary.sigmas": [0.2, 0.1]}, "do not rise"),
         ({"replay.share": 0.25, "replay.adversary": 0.5}, "2 samples together learn 4 points"),
         ({"objective": "kd", "kd.adversary": 0.5, "kd.points": 9}, "8 samples together learn 9 points"),
     ],
