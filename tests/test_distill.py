@@ -83,6 +83,7 @@ def test_a_run_tells_its_story_and_leaves_its_folder(settings: dict[str, object]
     assert len(list((run / "checkpoints").iterdir())) == 2, "only the newest are kept"
     config = json.loads((run / "config.json").read_text())
     assert config["student"]["head"] == "x0"
+    assert config["student"]["max_gain"] == 20.0, "resolved"
     assert config["mixed_precision"] in ("no", "bf16"), "what the machine is best at, written down"
 
 
@@ -349,3 +350,8 @@ def test_the_noise_level_where_paths_begin(
     teacher = GaussianTeacher(MEAN, 0.5, schedule, prediction)
     at = schedule(torch.tensor(start_time(teacher, config_of(**{"student.max_gain": said})), dtype=torch.float64))
     assert float(at.sigma / at.alpha) == pytest.approx(level, rel=1e-3)
+
+
+def test_paths_that_begin_with_noise_alone_begin_at_its_level() -> None:
+    teacher = GaussianTeacher(MEAN, 0.5, VarianceExploding())
+    assert start_time(teacher, config_of(**{"student.path_start": "noise"})) == 1.0

@@ -302,8 +302,9 @@ def start_time(teacher: Teacher, config: DistillConfig) -> float:
 
 def max_gain_of(teacher: Teacher, config: DistillConfig) -> float | None:
     """``student.max_gain``, or what it is for this teacher where it says nothing."""
-    noisy = teacher.spec.prediction == "eps" or teacher.spec.schedule.prior_scale > 1
-    return MAX_GAIN if config.student.max_gain is None and noisy else config.student.max_gain
+    spec, student = teacher.spec, config.student
+    explodes = spec.schedule.prior_scale > 1 and student.path_start == "estimate"  # noise alone begins at its own level
+    return MAX_GAIN if student.max_gain is None and (spec.prediction == "eps" or explodes) else student.max_gain
 
 
 @torch.no_grad()
