@@ -236,29 +236,40 @@ def teacher_cells(bench: Bench, steps: Sequence[int], only: str) -> None:
             images = partial(teacher_images, view, n, cond_of, seeds, 250, engine)
             bench.cell(name, {"steps": n}, lambda images=images, calls=calls: score(images(), calls))  # type: ignore[misc]
         if only in (name := f"teacher-dpmsolver-{n}") and isinstance(view.schedule, DiscreteVP):
-            bench.cell(name, {}, lambda n=n: score(dpm_solver_images(view, n, cond_of, seeds, 250, engine), n))  # type: ignore[misc]
+            calls = n + int(view.is_guided(solver_times(dpm_solver(view.schedule, n))).sum())
+            images = partial(dpm_solver_images, view, n, cond_of, seeds, 250, engine)
+            bench.cell(name, {}, lambda images=images, calls=calls: score(images(), calls))  # type: ignore[misc]
 
 
-@torch.no_grad()
-def dpm_solver_images(
-    view: TeacherView, steps: int, cond_of: Any, seeds: Sequence[int], batch_size: int, engine: Engine
-) -> Iterator[Tensor]:
-    """Samples of diffusers' DPM-Solver++ (2M, trailing steps) of the same denoiser, as uint8 batches on the CPU."""
-    schedule = view.schedule
-    assert isinstance(schedule, DiscreteVP)
+def dpm_solver(schedule: DiscreteVP, steps: int) -> DPMSolverMultistepScheduler:
+    """Diffusers' DPM-Solver++ (2M, trailing steps)."""
     cumprod = torch.tensor(schedule.alphas_cumprod, dtype=torch.float64)
     betas = 1 - cumprod / torch.cat([torch.ones(1, dtype=torch.float64), cumprod[:-1]])
     solver = DPMSolverMultistepScheduler(
         schedule.num_timesteps, trained_betas=betas.numpy(), prediction_type="sample", timestep_spacing="trailing",
         algorithm_type="dpmsolver++", final_sigmas_type="zero",
     )  # fmt: skip
+    solver.set_timesteps(steps)
+    return solver
+
+
+def solver_times(solver: DPMSolverMultistepScheduler) -> Tensor:
+    """Its timesteps as our times, (steps,)."""
+    return (solver.timesteps.double() + 1) / solver.config.num_train_timesteps
+
+
+@torch.no_grad()
+def dpm_solver_images(
+    view: TeacherView, steps: int, cond_of: Any, seeds: Sequence[int], batch_size: int, engine: Engine
+) -> Iterator[Tensor]:
+    """Samples of `dpm_solver` and the same denoiser, as uint8 batches on the CPU."""
+    assert isinstance(view.schedule, DiscreteVP)
     for first in range(0, len(seeds), batch_size):
         rows = seeds[first : first + batch_size]
         x, cond = prior_noise(rows, view.teacher.spec.sample_shape).to(engine.device), cond_of(rows).to(engine.device)
-        solver.set_timesteps(steps)
-        for timestep in solver.timesteps:
-            t = torch.full((len(x),), (float(timestep) + 1) / schedule.num_timesteps, dtype=torch.float64)
-            x = solver.step(view.x0(x, t, cond), timestep, x, return_dict=False)[0]
+        solver = dpm_solver(view.schedule, steps)
+        for timestep, t in zip(solver.timesteps, solver_times(solver), strict=True):
+            x = solver.step(view.x0(x, t.expand(len(x)), cond), timestep, x, return_dict=False)[0]
         yield to_uint8(view.teacher.decode(x)).cpu()
 
 

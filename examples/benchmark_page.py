@@ -50,11 +50,11 @@ def rows_of(cells: Sequence[dict[str, Any]], order: Sequence[str]) -> list[Row]:
 
 def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) -> str:
     """The section of one teacher, in Markdown."""
-    facts = cells[0]
+    facts, students = cells[0], [cell for cell in cells if "objective" in cell]
     right = " right class |" if any("accuracy" in row for cell in cells for row in cell.get("student", [cell])) else ""
     lines = [
         f"## `{teacher}`", "",
-        f"{facts['num_images']:,} images for each number; {trained_on(cells)}torch {facts['torch']}.", "",
+        f"{facts['num_images']:,} images for each number; {trained_on(students)}torch {facts['torch']}.", "",
         f"![FID against network calls]({teacher}/nfe.png) ![FID against training time]({teacher}/time.png)", "",
         f"| student | training | updates | network calls | FID | precision | recall |{right} paired error | seeds |",
         f"|---|--:|--:|--:|--:|--:|--:|{'--:|' if right else ''}--:|--:|",
@@ -102,7 +102,8 @@ def lever_table(cells: Sequence[dict[str, Any]]) -> list[str]:
     minutes = levers[0]["minutes"]
     lines = [
         "", "### One setting changed at a time", "",
-        f"Single runs of {minutes:g} minutes, threads: {levers[0]['threads']}; the unchanged student comes first.", "",
+        f"Single runs of {minutes:g} minutes; {trained_on(levers)}threads: {levers[0]['threads']}.",
+        "The unchanged student comes first.", "",
         "| student | setting | updates | FID | precision | recall | paired error |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
@@ -150,7 +151,7 @@ def save_curves(cells: Sequence[dict[str, Any]], order: Sequence[str], folder: P
         if line:
             axes.plot(*zip(*line, strict=True), "-o", label=name)
     for cell in cells:
-        if cell["cell"] in ("teacher-ddim-10", "teacher-ddim-50", "teacher-heun-4", "teacher-heun-25"):
+        if cell["cell"] in ("teacher-ddim-10", "teacher-ddim-50", "teacher-heun-8", "teacher-heun-16"):
             axes.axhline(cell["fid"], color="black", linestyle=":", linewidth=1)
             axes.annotate(f"teacher, {cell['nfe']} calls", (1, cell["fid"]), xycoords=("axes fraction", "data"),
                           ha="right", va="bottom", fontsize=8)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from itertools import count
 from pathlib import Path
@@ -68,6 +69,12 @@ def test_a_benchmark_from_cells_to_page(bench: Bench, capsys: pytest.CaptureFixt
     benchmark.OBJECTIVES["few-step"] = changed
     with pytest.raises(SystemExit, match=r"other settings .*batch_size"):
         student_cells(bench, "few-step", 0, [0.04], "")
+
+
+def test_calls_of_a_guided_teacher_are_counted_twice(bench: Bench) -> None:
+    guided = dataclasses.replace(bench, teacher="fashion-sd", num_images=16)
+    teacher_cells(guided, [1], "")
+    assert cell(bench, "teacher-ddim-1")["nfe"] == cell(bench, "teacher-dpmsolver-1")["nfe"] == 2
 
 
 def test_a_page_says_which_students_had_another_machine() -> None:
