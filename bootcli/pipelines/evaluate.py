@@ -135,7 +135,7 @@ def evaluate(
         "run": str(run),
         "training_steps": artifact.step,
         "seconds": round(time.perf_counter() - began, 2),
-        "notes": _notes(bench, num_images),
+        "notes": _notes(bench, num_images, asked),
     }
     if run.is_dir():
         write_json(RunDir(run).evaluations / f"{'-'.join(wanted)}-{time.strftime('%Y%m%d-%H%M%S')}.json", result)
@@ -233,7 +233,7 @@ def _sampler(view: TeacherView) -> dict[str, object]:
     }
 
 
-def _notes(bench: Bench, num_images: int) -> list[str]:
+def _notes(bench: Bench, num_images: int, prompts: Prompts | None) -> list[str]:
     """What a reader has to know to use the numbers."""
     notes = []
     if bench.fid and bench.reference is not None:
@@ -245,6 +245,10 @@ def _notes(bench: Bench, num_images: int) -> list[str]:
         )
     if bench.t_max is not None:
         notes.append(f"The paired error is to the teacher's {PAIRED_STEPS} steps from the same noise, before decoding.")
+    if prompts is not None and prompts.own_negatives:
+        notes.append(
+            "Negative prompts of --prompts lead the teacher alone: a student has those of its training built in."
+        )
     if len(bench.repeats) == 1:
         notes.append("The numbers move with the seeds and the number of images: --repeats 3 shows by how much.")
     return notes

@@ -172,6 +172,9 @@ def test_negative_prompts_are_told_to_be_without_effect(
     assert one[0] != two[0], "of the teacher they are other images"
     assert one[1] != two[1]
     assert "no effect" not in one[2]
+    for flags, told in (([], 0), (["--prompts", "blue.txt"], 1)):
+        done = inside("evaluate", "run", "--metric", "paired", "-n", "2", *flags)
+        assert done.stdout.count("Negative prompts of --prompts lead the teacher alone") == told, done.stderr
 
 
 def test_without_prompts_it_takes_its_own(cli: Cli, tiny_sd: Path, tmp_path: Path) -> None:
