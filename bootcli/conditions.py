@@ -233,11 +233,13 @@ class PromptPool:
         parts = [(self.embeddings, index)]
         if self._negatives is not None and self._which is not None:
             parts.append((self._negatives, self._which[index]))
-        done, total = 0, sum(len(each.missing(rows)) for each, rows in parts)
+        total = left = sum(len(each.missing(rows)) for each, rows in parts)
         for each, rows in parts:
-            for count in each.fill(rows):
-                done += count
-                yield min(done, total), total
+            for _ in each.fill(rows):
+                left = sum(len(each.missing(rows)) for each, rows in parts)  # another run may be making them, too
+                yield total - left, total
+        if left:
+            yield total, total
 
     def warnings(self) -> Iterator[str]:
         """What a user should know of the prompts that are encoded so far."""

@@ -79,6 +79,18 @@ def test_rows_are_made_once_and_kept() -> None:
     assert len(first.encoded) == 3
 
 
+def test_progress_ends_when_another_run_makes_the_rest() -> None:
+    def pool() -> PromptPool:
+        prompts = Prompts(Prompt("x" * number) for number in range(1, 151))
+        return PromptPool(Words(), prompts, None, guided=False)  # type: ignore[arg-type]
+
+    rows = torch.arange(150)
+    ours, theirs = pool().fill(rows), pool().fill(rows)
+    assert next(ours) == (64, 150)
+    assert list(theirs)[-1] == (150, 150)
+    assert list(ours) == [(150, 150)]
+
+
 def test_it_is_a_safetensors_file_with_holes() -> None:
     ours = of(Words(), 1_000_000)
     ours.rows(index(5, 999_999))
