@@ -39,7 +39,7 @@ def config_of(**settings: object) -> DistillConfig:
 
 
 def build(teacher: Teacher, config: DistillConfig) -> tuple[Distillation, Trainer]:
-    engine = Engine("cpu", config.mixed_precision)
+    engine = Engine(config.device, config.mixed_precision)
     work = set_up(teacher, config, engine)
     return work, Trainer(work, work.config, engine)
 
