@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from accelerate import Accelerator, cpu_offload_with_hook
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import AutocastKwargs, find_executable_batch_size
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
@@ -55,7 +55,9 @@ class Engine:
             mixed_precision = "bf16" if multiplies_bf16(chosen) else "no"
         if mixed_precision == "fp16" and chosen.type == "cpu":
             raise UsageError("fp16 needs a GPU.", "Use --mixed-precision bf16 or no.")
-        AcceleratorState._reset_state(reset_partial_state=chosen.type == "cpu")
+        # accelerate keeps the first device of a process: a GPU that comes after the CPU would not be taken.
+        held = PartialState._shared_state.get("device", chosen)
+        AcceleratorState._reset_state(reset_partial_state="cpu" in (chosen.type, held.type))
         self._accelerator = Accelerator(mixed_precision=mixed_precision, cpu=chosen.type == "cpu")
         self.mixed_precision: MixedPrecision = mixed_precision
 

@@ -25,7 +25,9 @@ def test_a_run_gives_on_a_gpu_what_it_gives_here(tiny_ddpm: Path, objective: str
     """Convolutions of a GPU multiply in TF32 even where no half precision is asked for."""
     settings = everything(objective)
     _, here = run(load(str(tiny_ddpm)).teacher, config_of(**settings))
-    _, there = run(load(str(tiny_ddpm)).teacher, config_of(**settings, device=DEVICE, mixed_precision=precision))
+    config = config_of(**settings, device=DEVICE, mixed_precision=precision)
+    trainer, there = run(load(str(tiny_ddpm)).teacher, config)
+    assert next(trainer.work.student.parameters()).device.type == DEVICE
     assert [report.loss for report in there] == pytest.approx([report.loss for report in here], rel=rel)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import PartialState
 
 from bootcli.batch import MicroBatch
 from bootcli.ema import EMA
@@ -265,3 +266,12 @@ def test_the_golden_loss_curve(tiny_teacher: Teacher) -> None:
     """The first 20 losses; a change of the method or of its random streams shows here. Rewrite on purpose only."""
     losses = [report.loss for report in run(tiny_teacher, config_of(steps=20))[1]]
     assert losses == pytest.approx(json.loads(GOLDEN.read_text())["losses"], rel=2e-3)
+
+
+def test_a_gpu_is_taken_after_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    Engine("cpu", "no")
+    held: list[dict[str, object]] = []
+    monkeypatch.setattr("bootcli.engine.pick_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr("bootcli.engine.Accelerator", lambda **_: held.append(dict(PartialState._shared_state)))
+    Engine("cuda", "no")
+    assert held == [{}]
