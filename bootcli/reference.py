@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +19,12 @@ from bootcli.paths import expanded
 from bootcli.store.tensors import read_tensors, write_tensors
 from bootcli.teachers.protocol import Teacher
 
+OWN_IMAGES = "teacher"
+"""The word for the teacher's own images; a folder of that name is ./teacher."""
 FORMS = (
     "PATH, a folder of images or a .safetensors file of statistics, is read in the teacher's own features; "
-    f"{' or '.join(f'{name}:PATH' for name in INCEPTION)}, which may be an .npz file (mu, sigma) too, in Inception's."
+    f"{' or '.join(f'{name}:PATH' for name in INCEPTION)}, which may be an .npz file (mu, sigma) too, in Inception's. "
+    f"{OWN_IMAGES!r} in the place of PATH stands for images that the teacher draws."
 )
 _BROKEN_NPZ = (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -51,16 +54,35 @@ class Reference:
     words: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class OwnImages:
+    """Images that the teacher draws, for want of any others: what a student is to match.
+
+    Args:
+        draw: begins uint8 batches (b, c, h, w) of them.
+        source: what they are, one line.
+    """
+
+    draw: Callable[[], Iterable[Tensor]]
+    source: str
+
+
 def reference_for(
-    teacher: Teacher, reference: str | None, device: torch.device, *, with_features: bool = False
+    teacher: Teacher,
+    reference: str | None,
+    device: torch.device,
+    *,
+    with_features: bool = False,
+    own_images: OwnImages | None = None,
 ) -> Reference:
     """What a user's ``--reference`` means (see `FORMS`); None is the statistics that come with the teacher.
 
     Args:
         teacher: on ``device``.
-        reference: ``[inception-clean:|inception-legacy:]PATH`` or None.
+        reference: ``[inception-clean:|inception-legacy:]PATH``, PATH maybe the word `OWN_IMAGES`, or None.
         device: where the feature network goes.
         with_features: whether statistics alone are too little.
+        own_images: what that word stands for; None where it is a path like any other.
 
     Raises `UsageError` for a form that means nothing, `BootError` for a broken file or another feature space.
     """
@@ -76,22 +98,25 @@ def reference_for(
         return Reference(own.name, network, statistics, own.source, own.floor, rows, own.classes_of, own.words)
     prefix, _, rest = reference.partition(":")
     inception = prefix in INCEPTION
-    path = expanded(rest if inception else reference)
-    if not path.exists():
+    named = rest if inception else reference
+    drawn = own_images if named == OWN_IMAGES else None
+    path = expanded(named)
+    if drawn is None and not path.exists():
         raise UsageError(f"--reference {reference}: {path} does not exist.", FORMS)
     if own is None and not inception:
         raise UsageError(f"--reference {reference}: this teacher has no feature network of its own.", FORMS)
     space, dimensions = (prefix, 2048) if inception or own is None else (own.name, len(own.mean))
-    known = None if path.is_dir() else _read(path, space, dimensions)  # before a large network is loaded
+    known = None if drawn or path.is_dir() else _read(path, space, dimensions)  # before a large network is loaded
     if known is not None and with_features:
         _need_features(known[1], f"--reference {reference}")
     network = (Inception(space) if inception or own is None else own.network).eval().to(device)
     if known is None:
-        images = folder_images(path, None if inception else _image_shape(teacher, device))
+        images = drawn.draw() if drawn else folder_images(path, None if inception else _image_shape(teacher, device))
         features = features_of(images, network, device)
         known = gaussian_fit(features), some_rows(features, MOST_ROWS)
     classes_of, words = (None, ()) if inception or own is None else (own.classes_of, own.words)
-    return Reference(space, network, known[0], str(path), features=known[1], classes_of=classes_of, words=words)
+    source = drawn.source if drawn else str(path)
+    return Reference(space, network, known[0], source, features=known[1], classes_of=classes_of, words=words)
 
 
 def _need_features(features: Tensor | None, source: str) -> None:

@@ -38,14 +38,14 @@ from bootcli.evaluate import features_of, frechet, gaussian_fit
 from bootcli.images import to_uint8
 from bootcli.manifold import MOST_ROWS, manifold_of, precision_recall, some_rows
 from bootcli.maths.schedule import DiscreteVP
-from bootcli.pipelines.bench import accuracy
+from bootcli.pipelines.bench import accuracy, own_images
 from bootcli.pipelines.distill import distill
 from bootcli.pipelines.evaluate import evaluate
 from bootcli.pipelines.events import Finished
 from bootcli.pipelines.requests import condition_of, labels_of
 from bootcli.pipelines.settings import resolve_config
 from bootcli.pipelines.setup import teacher_view
-from bootcli.reference import reference_for
+from bootcli.reference import OWN_IMAGES, reference_for, write_reference
 from bootcli.sampler import prior_noise, reference_calls, teacher_images
 from bootcli.store.checkpoint import checkpoints
 from bootcli.store.files import read_json, write_json
@@ -62,6 +62,8 @@ NEWEST = 50
 """Lines of the log whose residuals are averaged."""
 PAIRED = 1000
 """Images of the paired error: each costs 50 calls of the teacher, and its mean is steady."""
+OWN = 2000
+"""Images of the distance to the teacher's own, of both: guidance takes those far from real ones."""
 OBJECTIVES: dict[str, dict[str, object]] = {
     "default": {},
     "boot": {"objective": "boot"},
@@ -215,6 +217,7 @@ def teacher_cells(bench: Bench, steps: Sequence[int], only: str) -> None:
     real = manifold_of(some_rows(reference.features, rows))
     cond_of = condition_of(teacher, config)
     seeds = range(bench.num_images)
+    own = reference_for(teacher, str(teacher_reference(bench)), engine.device)
 
     classes = teacher.spec.conditioning == "class" or bool(reference.words)
     has_classes = reference.classes_of is not None and classes
@@ -223,7 +226,14 @@ def teacher_cells(bench: Bench, steps: Sequence[int], only: str) -> None:
         features = features_of(batches, reference.network, engine.device)
         quality = precision_recall(real, manifold_of(some_rows(features, rows)))
         fid = frechet(gaussian_fit(features), reference.statistics)
-        row = {"nfe": nfe, "fid": fid, "precision": quality.precision, "recall": quality.recall}
+        to_own = frechet(gaussian_fit(features[:OWN]), own.statistics)
+        row = {
+            "nfe": nfe,
+            "fid": fid,
+            "precision": quality.precision,
+            "recall": quality.recall,
+            "fid_to_teacher": to_own,
+        }
         if has_classes:
             row["accuracy"] = accuracy(
                 features, reference, labels_of(teacher, config, reference.words)(seeds), engine.device
@@ -239,6 +249,19 @@ def teacher_cells(bench: Bench, steps: Sequence[int], only: str) -> None:
             calls = n + int(view.is_guided(solver_times(dpm_solver(view.schedule, n))).sum())
             images = partial(dpm_solver_images, view, n, cond_of, seeds, 250, engine)
             bench.cell(name, {}, lambda images=images, calls=calls: score(images(), calls))  # type: ignore[misc]
+
+
+def teacher_reference(bench: Bench) -> Path:
+    """The file of what the teacher draws in many steps, made once; the conditions are those of the images compared."""
+    path = bench.runs / "teacher.safetensors"
+    if not path.exists():
+        config = resolve_config({"teacher": bench.teacher, "device": bench.device}, {}, {})
+        engine = Engine(config.device, "no")
+        teacher = load(config.teacher).teacher
+        view, cond_of = teacher_view(teacher, config, engine), condition_of(teacher, config)
+        own = own_images(view, cond_of, range(min(bench.num_images, OWN)), 250, engine)
+        write_reference(path, reference_for(teacher, OWN_IMAGES, engine.device, own_images=own))
+    return path
 
 
 def dpm_solver(schedule: DiscreteVP, steps: int) -> DPMSolverMultistepScheduler:
@@ -325,9 +348,17 @@ def trained(bench: Bench, run: Path, settings: dict[str, object], seed: int) -> 
     paired: dict[str, Any] = evaluate(
         run, metrics=("paired",), num_images=min(bench.num_images, PAIRED), batch_size=250, device=bench.device
     )
-    result["student"] |= paired["student"]
+    own: dict[str, Any] = evaluate(
+        run,
+        metrics=("fid",),
+        num_images=min(bench.num_images, OWN),
+        reference=str(teacher_reference(bench)),
+        batch_size=250,
+        device=bench.device,
+    )
+    result["student"] |= paired["student"] | {"fid_to_teacher": own["student"]["fid"]}
     lines = [json.loads(line) for line in RunDir(run).log_file.read_text().splitlines()[-NEWEST:]]
-    keep = ("nfe", "fid", "precision", "recall", "accuracy", "paired_mse")
+    keep = ("nfe", "fid", "precision", "recall", "accuracy", "paired_mse", "fid_to_teacher")
     return {
         "updates": finished.steps,
         "kept": result["training_steps"],

@@ -48,35 +48,52 @@ def rows_of(cells: Sequence[dict[str, Any]], order: Sequence[str]) -> list[Row]:
     ]  # fmt: skip
 
 
+COLUMNS = {
+    "fid": ("FID", 2),
+    "fid_to_teacher": ("FID to its teacher", 2),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "accuracy": ("right class", 3),
+    "paired_mse": ("paired error", 4),
+}
+"""The numbers of a row: title and decimals."""
+
+
+def columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The numbers that some of these rows have."""
+    return [name for name in COLUMNS if any(name in row for row in rows)]
+
+
+def header(first: str, others: Sequence[str]) -> list[str]:
+    """The first two lines of a table whose other columns are numbers."""
+    return [f"| {first} | {' | '.join(others)} |", f"|---|{'--:|' * len(others)}"]
+
+
 def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) -> str:
     """The section of one teacher, in Markdown."""
     facts, students = cells[0], [cell for cell in cells if "objective" in cell]
-    right = " right class |" if any("accuracy" in row for cell in cells for row in cell.get("student", [cell])) else ""
+    teachers = [cell for cell in cells if cell["cell"].startswith("teacher-")]
+    columns = columns_of([row for cell in students for row in cell["student"]])
     lines = [
         f"## `{teacher}`", "",
         f"{facts['num_images']:,} images for each number; {trained_on(students)}torch {facts['torch']}.", "",
         f"![FID against network calls]({teacher}/nfe.png) ![FID against training time]({teacher}/time.png)", "",
-        f"| student | training | updates | network calls | FID | precision | recall |{right} paired error | seeds |",
-        f"|---|--:|--:|--:|--:|--:|--:|{'--:|' if right else ''}--:|--:|",
+        *header("student", ("training", "updates", "network calls", *(COLUMNS[key][0] for key in columns), "seeds")),
     ]  # fmt: skip
     for row in rows_of(cells, order):
         updates = round(fmean(cell["updates"] for cell in row.cells))
         paced = " *" if any(cell.get("paced") for cell in row.cells) else ""
-        digits = {"fid": 2, "precision": 3, "recall": 3} | ({"accuracy": 3} if right else {}) | {"paired_mse": 4}
-        numbers = [row.text(key, count) for key, count in digits.items()]
+        numbers = [row.text(key, COLUMNS[key][1]) for key in columns]
         lines.append(
             f"| {row.objective} | {row.minutes:g} min{paced} | {updates:,} | {row.nfe} | {' | '.join(numbers)} | "
             f"{len(row.values('fid'))} |"
         )
-    lines += ["", f"| teacher | network calls | FID | precision | recall |{right}"]
-    lines += [f"|---|--:|--:|--:|--:|{'--:|' if right else ''}"]
+    columns = columns_of(teachers)
+    lines += ["", *header("teacher", ("network calls", *(COLUMNS[key][0] for key in columns)))]
     solvers = {"ddim": "DDIM", "heun": "EDM's Heun", "dpmsolver": "DPM-Solver++ 2M"}
-    teachers = [cell for cell in cells if cell["cell"].startswith("teacher-")]
     for cell in sorted(teachers, key=lambda cell: (cell["cell"].split("-")[1], cell["nfe"])):
-        solver = solvers[cell["cell"].split("-")[1]]
-        accuracy = f" {cell['accuracy']:.3f} |" if right else ""
-        quality = f"{cell['precision']:.3f} | {cell['recall']:.3f} |{accuracy}"
-        lines.append(f"| {solver} | {cell['nfe']} | {cell['fid']:.2f} | {quality}")
+        numbers = [f"{cell[key]:.{COLUMNS[key][1]}f}" if key in cell else "" for key in columns]
+        lines.append(f"| {solvers[cell['cell'].split('-')[1]]} | {cell['nfe']} | {' | '.join(numbers)} |")
     return "\n".join([*lines, *lever_table(cells), ""])
 
 
@@ -179,9 +196,11 @@ def write_page(folder: Path, order: Sequence[str]) -> None:
         "Written by `python examples/benchmark.py --page` from the cells in `results/`, one JSON file each.",
         "FID is in the teacher's own feature space and cannot be compared with Inception FID. Precision and recall are",
         "those of Kynkäänniemi et al. 2019 (k = 3). The paired error is the mean square of the student's sample minus",
-        "the end of the teacher's own path from the same noise. Minutes are of training alone, on the machine named;",
-        "± is the standard deviation over seeds; later ones make as many updates as the first did in that time. At a *",
-        "minutes are updates, as many a minute as the same run made before.", "",
+        "the end of the teacher's own path from the same noise. FID to its teacher is that of 2,000 images to as many",
+        "that the teacher draws in 50 steps: with guidance those are far from real images, and a student that is near",
+        "them is too. Minutes are of training alone, on the machine named; ± is the standard deviation over seeds;",
+        "later ones make as many updates as the first did in that time. At a * minutes are updates, as many a minute",
+        "as the same run made before.", "",
     ]  # fmt: skip
     for teacher in sorted(path for path in folder.iterdir() if path.is_dir()):
         cells = read_cells(teacher)

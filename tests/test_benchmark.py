@@ -24,6 +24,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setattr(benchmark, "LEVERS", (("default", {}), ("default", {"kd.power": 1.0})))
     monkeypatch.setattr(benchmark, "NFES", (1, 2))
     monkeypatch.setattr(benchmark, "PAIRED", 4)
+    monkeypatch.setattr(benchmark, "OWN", 70)
     ticks = count(step=0.5)  # an update takes half a second on any machine
     monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     return Bench("fashion", tmp_path / "results" / "fashion", tmp_path / "runs", 80, "cpu")
@@ -44,10 +45,13 @@ def test_a_benchmark_from_cells_to_page(bench: Bench, capsys: pytest.CaptureFixt
     assert first["student"] != later["student"]
     teacher_cells(bench, [2], "")
     assert cell(bench, "teacher-ddim-2")["nfe"] == cell(bench, "teacher-dpmsolver-2")["nfe"] == 2
+    assert cell(bench, "teacher-ddim-2")["fid_to_teacher"] != cell(bench, "teacher-ddim-2")["fid"]
+    assert first["student"][0]["fid_to_teacher"] != later["student"][0]["fid_to_teacher"]  # type: ignore[index]
     lever_cells(bench, 0.01, "power")
     text = page("fashion", read_cells(bench.cells), list(benchmark.OBJECTIVES))
     assert text.count("| few-step | 0.04 min |") == 2
     assert "in float32; torch" in text
+    assert text.count("| FID | FID to its teacher |") == 2
     assert "| DPM-Solver++ 2M | 2 |" in text
     assert "| default | kd.power=1.0 |" in text
 

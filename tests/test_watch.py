@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
+from bootcli.evaluate import frechet
 from bootcli.pipelines import distill as pipeline
 from bootcli.pipelines.distill import distill
 from bootcli.pipelines.events import Finished, Scored, Stepped, Warned
 from bootcli.pipelines.scoring import Scorer
 from bootcli.pipelines.settings import resolve_config, resume_config
 from bootcli.pipelines.setup import set_up
+from bootcli.reference import reference_for
 from bootcli.store.checkpoint import checkpoints
 from bootcli.store.rundir import RunDir
 from bootcli.store.tensors import read_tensors
@@ -89,6 +91,20 @@ def test_a_score_is_of_what_sample_draws(settings: dict[str, object]) -> None:
         engine = Engine("cpu", config.mixed_precision)
         scores.append(Scorer(set_up(load(config.teacher).teacher, config, engine), engine).score(0))
     assert scores[0] == scores[1]
+
+
+def test_the_teachers_own_images_are_what_a_score_is_of(settings: dict[str, object]) -> None:
+    """So that a teacher without data has a best student too: its distance is to what that student is to match."""
+    config = resolve_config({**settings, "watch.reference": "teacher"}, {}, {})
+    engine = Engine("cpu", "bf16")
+    scorer = Scorer(set_up(load(config.teacher).teacher, config, engine), engine)
+    assert scorer.reference is not None
+    assert (scorer.reference.source, scorer.reference.statistics.num_images) == ("the teacher's own, 50 steps", 128)
+    known = reference_for(scorer.work.view.teacher, None, engine.device)
+    chance = frechet(scorer.reference.statistics, known.statistics)
+    fresh = scorer.score(0).fid
+    assert fresh is not None
+    assert chance < 10 < 40 < fresh, "real images are near the teacher's, those of a fresh student are not"
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *fids: float) -> None:

@@ -39,7 +39,8 @@ ReferenceOption = Annotated[
     str | None,
     typer.Option(
         metavar="PATH",
-        help="Images or statistics to compare with; inception-clean:PATH for FID as papers give it.",
+        help="Images or statistics to compare with, or the word teacher for images that it draws in 50 steps; "
+        "inception-clean:PATH for FID as papers give it.",
         show_default="the teacher's own statistics",
     ),
 ]

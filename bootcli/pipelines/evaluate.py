@@ -15,7 +15,7 @@ from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import INCEPTION
 from bootcli.manifold import MOST_ROWS, NEIGHBOURS, Manifold, manifold_of, some_rows
-from bootcli.pipelines.bench import PAIRED_STEPS, Bench, Progress
+from bootcli.pipelines.bench import MANY_STEPS, Bench, Progress, own_images
 from bootcli.pipelines.requests import condition_of, labels_of, prompts_of, sampling_scale, seed_of
 from bootcli.pipelines.setup import refinement_starts, start_time, teacher_view
 from bootcli.prompts import Prompts, read_prompts
@@ -97,17 +97,20 @@ def evaluate(
     for steps in teacher_steps:
         reference_times(view, steps)  # an impossible number is refused before any image is drawn
     t_max = _path_start(view, config) if "paired" in wanted else None
+    cond_of = condition_of(teacher, config, prompts=texts, guidance_scale=scale)
+    seeds = [range(seed + k * num_images, seed + (k + 1) * num_images) for k in range(repeats)]
     against = None
     if wanted != ("paired",):
-        against = reference_for(teacher, reference, engine.device, with_features="pr" in wanted)
+        own = own_images(view, cond_of, seeds[0], batch_size, engine, progress)
+        against = reference_for(teacher, reference, engine.device, with_features="pr" in wanted, own_images=own)
         if save_reference is not None:
             write_reference(save_reference, against)
     bench = Bench(
         student=artifact.student.to(engine.device),
         view=view,
-        cond_of=condition_of(teacher, config, prompts=texts, guidance_scale=scale),
+        cond_of=cond_of,
         seed_of=seed_of(texts),
-        repeats=[range(seed + k * num_images, seed + (k + 1) * num_images) for k in range(repeats)],
+        repeats=seeds,
         batch_size=batch_size,
         engine=engine,
         reference=against,
@@ -202,7 +205,7 @@ def _labels(
 
 def _path_start(view: TeacherView, config: DistillConfig) -> float:
     try:
-        reference_times(view, PAIRED_STEPS)
+        reference_times(view, MANY_STEPS)
     except UsageError as error:
         raise UsageError(f"--metric paired: {error.message}", "Leave this metric out.") from error
     return start_time(view.teacher, config)
@@ -244,7 +247,7 @@ def _notes(bench: Bench, num_images: int, prompts: Prompts | None) -> list[str]:
             "with numbers of other features or of another count."
         )
     if bench.t_max is not None:
-        notes.append(f"The paired error is to the teacher's {PAIRED_STEPS} steps from the same noise, before decoding.")
+        notes.append(f"The paired error is to the teacher's {MANY_STEPS} steps from the same noise, before decoding.")
     if prompts is not None and prompts.own_negatives:
         notes.append(
             "Negative prompts of --prompts lead the teacher alone: a student has those of its training built in."

@@ -13,8 +13,9 @@ from torch import Tensor
 from bootcli.engine import Engine
 from bootcli.evaluate import frechet, statistics_of
 from bootcli.images import to_uint8
+from bootcli.pipelines.bench import MANY_STEPS, OTHER_NOISE
 from bootcli.pipelines.setup import Distillation
-from bootcli.reference import reference_for
+from bootcli.reference import OwnImages, reference_for
 from bootcli.sampler import prior_noise, teacher_endpoint
 from bootcli.watch import Score
 
@@ -42,14 +43,16 @@ class Scorer:
         self.cond_of = work.shown
         teacher, wanted = work.view.teacher, work.config.watch.reference
         known = wanted is not None or teacher.feature_space() is not None
-        self.reference = reference_for(teacher, wanted, engine.device) if known else None
+        own = OwnImages(self._own_images, f"the teacher's own, {MANY_STEPS} steps")
+        self.reference = reference_for(teacher, wanted, engine.device, own_images=own) if known else None
         self._teacher_variance: float | None = None
 
     @torch.no_grad()
     def score(self, step: int) -> Score:
         """The score of the student as it is, with the averaged weights on."""
         if self._teacher_variance is None:
-            self._teacher_variance = _variance(torch.cat(list(self._teacher())))
+            ends = self._teacher(self._noise(DIVERSE), TEACHER_STEPS)
+            self._teacher_variance = _variance(torch.cat([z.cpu() for z in ends]))
         samples = list(self._student())
         fid = None
         if self.reference is not None:
@@ -63,18 +66,25 @@ class Scorer:
         for eps, seeds in self._noise(DIVERSE if self.reference is None else self.work.config.watch.num_images):
             yield self.work.student.sample(eps, self.cond_of(seeds).to(self.engine.device)).cpu()
 
-    def _teacher(self) -> Iterator[Tensor]:
+    def _teacher(self, noise: Iterator[tuple[Tensor, range]], steps: int) -> Iterator[Tensor]:
         work = self.work
-        for eps, seeds in self._noise(DIVERSE):
+        for eps, seeds in noise:
             cond = self.cond_of(seeds).to(self.engine.device)
-            yield teacher_endpoint(work.view, eps, cond, work.t_max, TEACHER_STEPS).cpu()
+            yield teacher_endpoint(work.view, eps, cond, work.t_max, steps)
 
-    def _noise(self, count: int) -> Iterator[tuple[Tensor, range]]:
+    @torch.no_grad()
+    def _own_images(self) -> Iterator[Tensor]:
+        noise = self._noise(self.work.config.watch.num_images, OTHER_NOISE)
+        for z in self._teacher(noise, MANY_STEPS):
+            yield to_uint8(self.work.view.teacher.decode(z))
+
+    def _noise(self, count: int, shift: int = 0) -> Iterator[tuple[Tensor, range]]:
         config = self.work.config
         size = min(BATCH, config.batch_size // (config.optimizer.accumulation or 1))  # what training has room for
         for first in range(0, count, size):
             seeds = range(FIRST_SEED + first, FIRST_SEED + min(first + size, count))
-            yield prior_noise(seeds, self.work.view.teacher.spec.sample_shape).to(self.engine.device), seeds
+            eps = prior_noise([seed + shift for seed in seeds], self.work.view.teacher.spec.sample_shape)
+            yield eps.to(self.engine.device), seeds
 
 
 def _variance(samples: Tensor) -> float:

@@ -42,9 +42,9 @@ def processor_seconds() -> float:
 def cli(tmp_path: Path) -> Cli:
     """``cli("sample", "-n", "4")`` in a folder of its own; keyword arguments are environment variables."""
 
-    def call(*args: str, cwd: Path = tmp_path, **env: str) -> subprocess.CompletedProcess[str]:
+    def call(*args: str, cwd: Path = tmp_path, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "bootcli", *args]
-        return subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=timeout)
 
     return call
 

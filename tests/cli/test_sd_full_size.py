@@ -67,7 +67,7 @@ def test_two_lora_steps_in_20_gb(cli: Cli, full_size: tuple[Path, Path], tmp_pat
     one = ["--set", "boot.solver=euler", "--set", "preview_teacher_steps=1", "--set", "watch.every=0"]
     told = cli("distill", "--teacher", str(folder), *small, *one, "--dry-run", "--json")
     assert told.returncode == 0, told.stderr
-    done = cli("distill", "--teacher", str(folder), *small, *one, "--steps", "2", "--output", "run")
+    done = cli("distill", "--teacher", str(folder), *small, *one, "--steps", "2", "--output", "run", timeout=1800)
     assert done.returncode == 0, done.stderr
     student = tmp_path / "run" / "student" / "student.safetensors"
     assert student.stat().st_size < 100e6

@@ -25,7 +25,7 @@ from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import Inception, folder_images, frechet, statistics_of
 from bootcli.images import save_png
 from bootcli.plugin import FeatureSpace, Teacher
-from bootcli.reference import Reference, reference_for, write_reference
+from bootcli.reference import OwnImages, Reference, reference_for, write_reference
 from bootcli.store.tensors import read_tensors, write_tensors
 
 from .conftest import CPU, DIM, Corners, gaussian
@@ -56,6 +56,23 @@ def test_a_folder_is_read_in_the_teachers_own_features(teacher: Teacher, picture
     assert reference.statistics.num_images == 12
     assert reference.features is not None
     assert torch.equal(reference.features, pixels.float().flatten(1)[:, :DIM])
+
+
+def test_the_word_teacher_stands_for_its_own_images(
+    teacher: Teacher, pictures: tuple[Path, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, pixels = pictures
+    own = OwnImages(lambda: iter(pixels[:8].split(3)), "drawn")
+    reference = reference_for(teacher, "teacher", CPU, with_features=True, own_images=own)
+    assert (reference.source, reference.statistics.num_images, reference.floor) == ("drawn", 8, {})
+    assert reference.features is not None
+    assert torch.equal(reference.features, pixels[:8].float().flatten(1)[:, :DIM])
+    folder.rename(folder.parent / "teacher")
+    monkeypatch.chdir(folder.parent)
+    assert reference_for(teacher, "./teacher", CPU, own_images=own).statistics.num_images == 12
+    with pytest.raises(UsageError, match="inception-clean:elsewhere: elsewhere does not exist") as caught:
+        reference_for(teacher, "inception-clean:elsewhere", CPU, own_images=own)
+    assert "'teacher' in the place of PATH" in caught.value.hint
 
 
 def test_images_of_another_kind_are_not_bent_to_fit(teacher: Teacher, pictures: tuple[Path, Tensor]) -> None:
@@ -236,6 +253,14 @@ def test_damaged_inception_is_named(inception: Path) -> None:
     inception.write_bytes(b"half a file")
     with pytest.raises(BootError, match=r"inception-2015-12-05\.pt is damaged"):
         Inception("inception-clean")
+
+
+def test_the_teachers_own_images_in_inceptions_features(
+    tiny_teacher: Teacher, pictures: tuple[Path, Tensor], inception: Path
+) -> None:
+    own = OwnImages(lambda: iter([pictures[1]]), "drawn")
+    reference = reference_for(tiny_teacher, "inception-clean:teacher", CPU, own_images=own)
+    assert (reference.feature_space, reference.statistics.mean.shape) == ("inception-clean", (2048,))
 
 
 @pytest.mark.parametrize(("space", "mode"), [("inception-clean", "clean"), ("inception-legacy", "legacy_tensorflow")])

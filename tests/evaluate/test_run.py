@@ -18,9 +18,11 @@ from bootcli.manifold import manifold_of, precision_recall, some_rows
 from bootcli.pipelines import evaluate as pipeline
 from bootcli.plugin import Cond, FeatureSpace, Teacher
 from bootcli.reference import reference_for
-from bootcli.sampler import noises, student_images
+from bootcli.sampler import noises, student_images, teacher_images
 from bootcli.store.artifact import load_student
+from bootcli.store.tensors import read_tensors
 from bootcli.teachers.registry import Loaded
+from bootcli.teachers.view import TeacherView
 
 from .conftest import CPU, DIM
 
@@ -96,6 +98,30 @@ def test_student_and_teacher_share_seeds_and_repeats_do_not(
     file = tiny_run / "student" / "student.safetensors"
     pipeline.evaluate(file, num_images=6, seed=40, repeats=3, teacher_steps=(1,), batch_size=4, device="cpu")
     assert drawn == [*range(40, 58)] * 2
+
+
+def test_the_teachers_own_images_are_a_reference(
+    at_hand: Teacher, own_space: FeatureSpace, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the conditions of the student's, from other noise; kept, they are the same reference again."""
+    drawn = seeds_drawn(monkeypatch)
+    asked: dict[str, Any] = {"metrics": ("fid", "pr"), "num_images": 12, "seed": 7, "repeats": 2, "device": "cpu"}
+    seen: list[tuple[str, int, int]] = []
+    file, kept = tiny_run / "student" / "student.safetensors", tmp_path / "kept.safetensors"
+    result = pipeline.evaluate(
+        file, reference="teacher", save_reference=kept, batch_size=8, progress=lambda *f: seen.append(f), **asked
+    )
+    assert drawn == [*range(2**41 + 7, 2**41 + 19), *range(7, 31)]
+    assert [facts[1:] for facts in seen if "compare" in facts[0]] == [(8, 12), (12, 12)]
+    view = TeacherView(at_hand)
+    seeds = range(2**41 + 7, 2**41 + 19)
+    images = teacher_images(view, 50, lambda seeds: Cond(), seeds, 12, Engine("cpu", "no"))
+    mean = features_of(images, own_space.network, CPU).double().mean(0)
+    stored, facts = read_tensors(kept)
+    torch.testing.assert_close(stored["mean"], mean, atol=0.2, rtol=0)  # a level may round another way
+    assert (facts["source"], facts["num_images"]) == ("the teacher's own, 50 steps", 12)
+    again = pipeline.evaluate(file, reference=str(kept), **asked)
+    assert again["student"] == result["student"]
 
 
 def test_all_metrics_of_a_set_of_images_are_of_one_drawing(
