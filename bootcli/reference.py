@@ -21,6 +21,11 @@ from bootcli.teachers.protocol import Teacher
 
 OWN_IMAGES = "teacher"
 """The word for the teacher's own images; a folder of that name is ./teacher."""
+OWN_STEPS = 50
+"""Teacher steps of those, and of the ends that a student is paired with."""
+OTHER_NOISE = 2**41
+"""Added to a seed for the noise of the teacher's own image beside it: a reference has the conditions of the images
+compared with it, never their noise."""
 FORMS = (
     "PATH, a folder of images or a .safetensors file of statistics, is read in the teacher's own features; "
     f"{' or '.join(f'{name}:PATH' for name in INCEPTION)}, which may be an .npz file (mu, sigma) too, in Inception's. "
@@ -54,26 +59,13 @@ class Reference:
     words: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class OwnImages:
-    """Images that the teacher draws, for want of any others: what a student is to match.
-
-    Args:
-        draw: begins uint8 batches (b, c, h, w) of them.
-        source: what they are, one line.
-    """
-
-    draw: Callable[[], Iterable[Tensor]]
-    source: str
-
-
 def reference_for(
     teacher: Teacher,
     reference: str | None,
     device: torch.device,
     *,
     with_features: bool = False,
-    own_images: OwnImages | None = None,
+    own_images: Callable[[], Iterable[Tensor]] | None = None,
 ) -> Reference:
     """What a user's ``--reference`` means (see `FORMS`); None is the statistics that come with the teacher.
 
@@ -82,7 +74,8 @@ def reference_for(
         reference: ``[inception-clean:|inception-legacy:]PATH``, PATH maybe the word `OWN_IMAGES`, or None.
         device: where the feature network goes.
         with_features: whether statistics alone are too little.
-        own_images: what that word stands for; None where it is a path like any other.
+        own_images: begins what that word stands for, uint8 batches (b, c, h, w) that the teacher draws in
+            `OWN_STEPS`; None where the word is a path like any other.
 
     Raises `UsageError` for a form that means nothing, `BootError` for a broken file or another feature space.
     """
@@ -111,11 +104,11 @@ def reference_for(
         _need_features(known[1], f"--reference {reference}")
     network = (Inception(space) if inception or own is None else own.network).eval().to(device)
     if known is None:
-        images = drawn.draw() if drawn else folder_images(path, None if inception else _image_shape(teacher, device))
+        images = drawn() if drawn else folder_images(path, None if inception else _image_shape(teacher, device))
         features = features_of(images, network, device)
         known = gaussian_fit(features), some_rows(features, MOST_ROWS)
     classes_of, words = (None, ()) if inception or own is None else (own.classes_of, own.words)
-    source = drawn.source if drawn else str(path)
+    source = f"the teacher's own, {OWN_STEPS} steps" if drawn else str(path)
     return Reference(space, network, known[0], source, features=known[1], classes_of=classes_of, words=words)
 
 

@@ -259,7 +259,7 @@ def teacher_reference(bench: Bench) -> Path:
         engine = Engine(config.device, "no")
         teacher = load(config.teacher).teacher
         view, cond_of = teacher_view(teacher, config, engine), condition_of(teacher, config)
-        own = own_images(view, cond_of, range(min(bench.num_images, OWN)), 250, engine)
+        own = partial(own_images, view, cond_of, range(min(bench.num_images, OWN)), 250, engine)
         write_reference(path, reference_for(teacher, OWN_IMAGES, engine.device, own_images=own))
     return path
 

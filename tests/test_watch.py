@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,12 +16,14 @@ from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.evaluate import frechet
 from bootcli.pipelines import distill as pipeline
+from bootcli.pipelines import scoring
 from bootcli.pipelines.distill import distill
 from bootcli.pipelines.events import Finished, Scored, Stepped, Warned
 from bootcli.pipelines.scoring import Scorer
 from bootcli.pipelines.settings import resolve_config, resume_config
 from bootcli.pipelines.setup import set_up
 from bootcli.reference import reference_for
+from bootcli.sampler import prior_noise
 from bootcli.store.checkpoint import checkpoints
 from bootcli.store.rundir import RunDir
 from bootcli.store.tensors import read_tensors
@@ -93,13 +95,23 @@ def test_a_score_is_of_what_sample_draws(settings: dict[str, object]) -> None:
     assert scores[0] == scores[1]
 
 
-def test_the_teachers_own_images_are_what_a_score_is_of(settings: dict[str, object]) -> None:
+def test_the_teachers_own_images_are_what_a_score_is_of(
+    settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So that a teacher without data has a best student too: its distance is to what that student is to match."""
+    drawn: list[int] = []
+
+    def spy(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
+        drawn.extend(seeds)
+        return prior_noise(seeds, shape)
+
+    monkeypatch.setattr(scoring, "prior_noise", spy)
     config = resolve_config({**settings, "watch.reference": "teacher"}, {}, {})
     engine = Engine("cpu", "bf16")
     scorer = Scorer(set_up(load(config.teacher).teacher, config, engine), engine)
     assert scorer.reference is not None
     assert (scorer.reference.source, scorer.reference.statistics.num_images) == ("the teacher's own, 50 steps", 128)
+    assert drawn == [*range(2**40 + 2**41, 2**40 + 2**41 + 128)], "noise that no student is scored on"
     known = reference_for(scorer.work.view.teacher, None, engine.device)
     chance = frechet(scorer.reference.statistics, known.statistics)
     fresh = scorer.score(0).fid

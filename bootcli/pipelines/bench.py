@@ -14,16 +14,10 @@ from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.evaluate import features_of, frechet, gaussian_fit
 from bootcli.manifold import NEIGHBOURS, Manifold, manifold_of, precision_recall, some_rows
-from bootcli.reference import OwnImages, Reference
+from bootcli.reference import OTHER_NOISE, OWN_STEPS, Reference
 from bootcli.sampler import CondOf, SeedOf, paired_errors, reference_calls, student_images, teacher_images
 from bootcli.student import Student
 from bootcli.teachers.view import TeacherView
-
-MANY_STEPS = 50
-"""Steps of the teacher where its own images are the measure."""
-OTHER_NOISE = 2**41
-"""Added to a seed for the noise of the teacher's own image beside it: a reference has the conditions of the images
-compared with it, never their noise."""
 
 Progress = Callable[[str, int, int], None]
 """(what is sampled, images done, images in all)."""
@@ -85,7 +79,7 @@ class Bench:
 
     def facts(self) -> dict[str, object]:
         """How precision, recall and the paired error were taken; None for what was not."""
-        paired = None if self.t_max is None else {"teacher_steps": MANY_STEPS, "t_max": self.t_max}
+        paired = None if self.t_max is None else {"teacher_steps": OWN_STEPS, "t_max": self.t_max}
         if self.manifold is None:
             return {"manifold": None, "paired": paired}
         return {"manifold": {"images": len(self.manifold.centres), "neighbours": NEIGHBOURS}, "paired": paired}
@@ -109,7 +103,7 @@ class Bench:
             self.student,
             self.view,
             t_max,
-            MANY_STEPS,
+            OWN_STEPS,
             self.cond_of,
             seeds,
             self.batch_size,
@@ -134,20 +128,16 @@ def own_images(
     batch_size: int,
     engine: Engine,
     progress: Progress | None = None,
-) -> OwnImages:
-    """The images of the teacher's `MANY_STEPS` steps for the conditions of some seeds, from other noise."""
-
-    def draw() -> Iterator[Tensor]:
-        done = 0
-        for batch in teacher_images(
-            view, MANY_STEPS, cond_of, seeds, batch_size, engine, seed_of=lambda seed: seed + OTHER_NOISE
-        ):
-            yield batch
-            done += len(batch)
-            if progress is not None:
-                progress("teacher, to compare with", done, len(seeds))
-
-    return OwnImages(draw, f"the teacher's own, {MANY_STEPS} steps")
+) -> Iterator[Tensor]:
+    """The teacher's own images for the conditions of some seeds, as a reference (`OWN_STEPS`, `OTHER_NOISE`)."""
+    done = 0
+    for batch in teacher_images(
+        view, OWN_STEPS, cond_of, seeds, batch_size, engine, seed_of=lambda seed: seed + OTHER_NOISE
+    ):
+        yield batch
+        done += len(batch)
+        if progress is not None:
+            progress("teacher, to compare with", done, len(seeds))
 
 
 def accuracy(features: Tensor, reference: Reference, labels: Tensor, device: torch.device) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,11 +16,11 @@ from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import INCEPTION
 from bootcli.manifold import MOST_ROWS, NEIGHBOURS, Manifold, manifold_of, some_rows
-from bootcli.pipelines.bench import MANY_STEPS, Bench, Progress, own_images
+from bootcli.pipelines.bench import Bench, Progress, own_images
 from bootcli.pipelines.requests import condition_of, labels_of, prompts_of, sampling_scale, seed_of
 from bootcli.pipelines.setup import refinement_starts, start_time, teacher_view
 from bootcli.prompts import Prompts, read_prompts
-from bootcli.reference import Reference, reference_for, write_reference
+from bootcli.reference import OWN_STEPS, Reference, reference_for, write_reference
 from bootcli.sampler import reference_times
 from bootcli.store.artifact import load_student
 from bootcli.store.files import write_json
@@ -101,7 +102,7 @@ def evaluate(
     seeds = [range(seed + k * num_images, seed + (k + 1) * num_images) for k in range(repeats)]
     against = None
     if wanted != ("paired",):
-        own = own_images(view, cond_of, seeds[0], batch_size, engine, progress)
+        own = partial(own_images, view, cond_of, seeds[0], batch_size, engine, progress)
         against = reference_for(teacher, reference, engine.device, with_features="pr" in wanted, own_images=own)
         if save_reference is not None:
             write_reference(save_reference, against)
@@ -205,7 +206,7 @@ def _labels(
 
 def _path_start(view: TeacherView, config: DistillConfig) -> float:
     try:
-        reference_times(view, MANY_STEPS)
+        reference_times(view, OWN_STEPS)
     except UsageError as error:
         raise UsageError(f"--metric paired: {error.message}", "Leave this metric out.") from error
     return start_time(view.teacher, config)
@@ -247,7 +248,7 @@ def _notes(bench: Bench, num_images: int, prompts: Prompts | None) -> list[str]:
             "with numbers of other features or of another count."
         )
     if bench.t_max is not None:
-        notes.append(f"The paired error is to the teacher's {MANY_STEPS} steps from the same noise, before decoding.")
+        notes.append(f"The paired error is to the teacher's {OWN_STEPS} steps from the same noise, before decoding.")
     if prompts is not None and prompts.own_negatives:
         notes.append(
             "Negative prompts of --prompts lead the teacher alone: a student has those of its training built in."

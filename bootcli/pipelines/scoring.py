@@ -13,9 +13,8 @@ from torch import Tensor
 from bootcli.engine import Engine
 from bootcli.evaluate import frechet, statistics_of
 from bootcli.images import to_uint8
-from bootcli.pipelines.bench import MANY_STEPS, OTHER_NOISE
 from bootcli.pipelines.setup import Distillation
-from bootcli.reference import OwnImages, reference_for
+from bootcli.reference import OTHER_NOISE, OWN_STEPS, reference_for
 from bootcli.sampler import prior_noise, teacher_endpoint
 from bootcli.watch import Score
 
@@ -43,8 +42,7 @@ class Scorer:
         self.cond_of = work.shown
         teacher, wanted = work.view.teacher, work.config.watch.reference
         known = wanted is not None or teacher.feature_space() is not None
-        own = OwnImages(self._own_images, f"the teacher's own, {MANY_STEPS} steps")
-        self.reference = reference_for(teacher, wanted, engine.device, own_images=own) if known else None
+        self.reference = reference_for(teacher, wanted, engine.device, own_images=self._own_images) if known else None
         self._teacher_variance: float | None = None
 
     @torch.no_grad()
@@ -75,7 +73,7 @@ class Scorer:
     @torch.no_grad()
     def _own_images(self) -> Iterator[Tensor]:
         noise = self._noise(self.work.config.watch.num_images, OTHER_NOISE)
-        for z in self._teacher(noise, MANY_STEPS):
+        for z in self._teacher(noise, OWN_STEPS):
             yield to_uint8(self.work.view.teacher.decode(z))
 
     def _noise(self, count: int, shift: int = 0) -> Iterator[tuple[Tensor, range]]:

@@ -15,9 +15,9 @@ from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.maths.schedule import DiscreteVP, LinearPath
 from bootcli.pipelines import evaluate as pipeline
-from bootcli.pipelines.bench import MANY_STEPS
 from bootcli.pipelines.setup import start_time
 from bootcli.plugin import Cond, Teacher
+from bootcli.reference import OWN_STEPS
 from bootcli.sampler import paired_errors, prior_noise, teacher_endpoint
 from bootcli.store.artifact import load_student
 from bootcli.student import Student
@@ -76,7 +76,7 @@ def test_the_pipeline_pairs_its_own_seeds_with_the_teachers_endpoint(tiny_run: P
     t_max = start_time(teacher, artifact.config)
     eps = prior_noise(range(7, 13), teacher.spec.sample_shape)
     with torch.no_grad():
-        ends = teacher_endpoint(TeacherView(teacher), eps, Cond(), t_max, MANY_STEPS)
+        ends = teacher_endpoint(TeacherView(teacher), eps, Cond(), t_max, OWN_STEPS)
         square = (artifact.student.sample(eps, Cond()) - ends).square()
     student = result["student"]
     assert isinstance(student, dict)

@@ -8,7 +8,7 @@ import pickle
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import Inception, folder_images, frechet, statistics_of
 from bootcli.images import save_png
 from bootcli.plugin import FeatureSpace, Teacher
-from bootcli.reference import OwnImages, Reference, reference_for, write_reference
+from bootcli.reference import Reference, reference_for, write_reference
 from bootcli.store.tensors import read_tensors, write_tensors
 
 from .conftest import CPU, DIM, Corners, gaussian
@@ -62,9 +62,13 @@ def test_the_word_teacher_stands_for_its_own_images(
     teacher: Teacher, pictures: tuple[Path, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, pixels = pictures
-    own = OwnImages(lambda: iter(pixels[:8].split(3)), "drawn")
+
+    def own() -> Sequence[Tensor]:
+        return pixels[:8].split(3)
+
     reference = reference_for(teacher, "teacher", CPU, with_features=True, own_images=own)
-    assert (reference.source, reference.statistics.num_images, reference.floor) == ("drawn", 8, {})
+    said = (reference.source, reference.statistics.num_images, reference.floor)
+    assert said == ("the teacher's own, 50 steps", 8, {})
     assert reference.features is not None
     assert torch.equal(reference.features, pixels[:8].float().flatten(1)[:, :DIM])
     folder.rename(folder.parent / "teacher")
@@ -258,8 +262,7 @@ def test_damaged_inception_is_named(inception: Path) -> None:
 def test_the_teachers_own_images_in_inceptions_features(
     tiny_teacher: Teacher, pictures: tuple[Path, Tensor], inception: Path
 ) -> None:
-    own = OwnImages(lambda: iter([pictures[1]]), "drawn")
-    reference = reference_for(tiny_teacher, "inception-clean:teacher", CPU, own_images=own)
+    reference = reference_for(tiny_teacher, "inception-clean:teacher", CPU, own_images=lambda: [pictures[1]])
     assert (reference.feature_space, reference.statistics.mean.shape) == ("inception-clean", (2048,))
 
 
