@@ -89,7 +89,8 @@ def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) ->
             f"{len(row.values('fid'))} |"
         )
     columns = columns_of(teachers)
-    lines += ["", *header("teacher", ("network calls", *(COLUMNS[key][0] for key in columns)))]
+    if teachers:
+        lines += ["", *header("teacher", ("network calls", *(COLUMNS[key][0] for key in columns)))]
     solvers = {"ddim": "DDIM", "heun": "EDM's Heun", "dpmsolver": "DPM-Solver++ 2M"}
     for cell in sorted(teachers, key=lambda cell: (cell["cell"].split("-")[1], cell["nfe"])):
         numbers = [f"{cell[key]:.{COLUMNS[key][1]}f}" if key in cell else "" for key in columns]

@@ -44,8 +44,10 @@ def test_a_benchmark_from_cells_to_page(bench: Bench, capsys: pytest.CaptureFixt
     assert cell(bench, "few-step-seed0-0.001min")["updates"] == 1
     assert [row["nfe"] for row in first["student"]] == [1, 2]  # type: ignore[attr-defined, union-attr]
     assert first["student"] != later["student"]
+    assert "| teacher |" not in page("fashion", read_cells(bench.cells), list(benchmark.OBJECTIVES))
     teacher_cells(bench, [2], "")
     assert cell(bench, "teacher-ddim-2")["nfe"] == cell(bench, "teacher-dpmsolver-2")["nfe"] == 2
+    assert "| teacher |" in page("fashion", read_cells(bench.cells), list(benchmark.OBJECTIVES))
     kept = bench.runs / "teacher.safetensors"
     again = evaluate(
         bench.runs / "few-step-seed1", num_images=70, reference=str(kept), teacher_steps=(2,), device="cpu"
