@@ -5,7 +5,7 @@ Image i depends on its own seed alone, whatever the batch size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -102,8 +102,7 @@ def teacher_images(
 
 
 @torch.no_grad()
-def paired_errors(
-    student: Student,
+def path_ends(
     view: TeacherView,
     t_max: float,
     steps: int,
@@ -113,15 +112,40 @@ def paired_errors(
     engine: Engine,
     seed_of: SeedOf = int,
 ) -> Iterator[Tensor]:
-    """Mean squared errors between the student's y(eps, t_min, c) and the end of the teacher's path from the same noise
-    (`teacher_endpoint`): one number per seed, in sample space, as batches (b,) on the CPU, float64."""
+    """The ends of the teacher's paths from the noise of seeds (`teacher_endpoint`), batches (b, c, h, w) on the CPU."""
     for batch in _batches(seeds, batch_size):
         rows = _pair(batch)
-        eps = prior_noise([*map(seed_of, rows)], student.teacher.spec.sample_shape).to(engine.device)
-        cond = cond_of(rows).to(engine.device)
+        eps = prior_noise([*map(seed_of, rows)], view.teacher.spec.sample_shape).to(engine.device)
         with engine.autocast():
-            error = student.sample(eps, cond) - teacher_endpoint(view, eps, cond, t_max, steps)
-        yield error.square().flatten(1).mean(1)[: len(batch)].cpu().double()
+            ends = teacher_endpoint(view, eps, cond_of(rows).to(engine.device), t_max, steps)
+        yield ends[: len(batch)].cpu()
+
+
+@torch.no_grad()
+def paired_errors(
+    student: Student,
+    ends: Iterable[Tensor],
+    cond_of: CondOf,
+    seeds: Sequence[int],
+    engine: Engine,
+    seed_of: SeedOf = int,
+) -> Iterator[Tensor]:
+    """Mean squared errors between the student's y(eps, t_min, c) and the end of the teacher's path from the same noise:
+    one number per seed, in sample space, as batches (b,) on the CPU, float64.
+
+    Args:
+        student: on the engine's device.
+        ends: those of the paths (`path_ends`); the student draws as many at a time.
+        cond_of, seeds, engine, seed_of: those of the paths.
+    """
+    left = list(seeds)
+    for end in ends:
+        batch, left = left[: len(end)], left[len(end) :]
+        rows = _pair(batch)
+        eps = prior_noise([*map(seed_of, rows)], student.teacher.spec.sample_shape).to(engine.device)
+        with engine.autocast():
+            drawn = student.sample(eps, cond_of(rows).to(engine.device))
+        yield (drawn[: len(batch)].cpu() - end).double().square().flatten(1).mean(1)
 
 
 def reference_times(view: TeacherView, steps: int) -> Tensor:

@@ -44,12 +44,14 @@ from bootcli.pipelines.evaluate import evaluate
 from bootcli.pipelines.events import Finished
 from bootcli.pipelines.requests import condition_of, labels_of
 from bootcli.pipelines.settings import resolve_config
-from bootcli.pipelines.setup import teacher_view
-from bootcli.reference import OWN_IMAGES, reference_for, write_reference
-from bootcli.sampler import prior_noise, reference_calls, teacher_images
+from bootcli.pipelines.setup import start_time, teacher_view
+from bootcli.reference import OWN_IMAGES, OWN_STEPS, reference_for, write_reference
+from bootcli.sampler import paired_errors, path_ends, prior_noise, reference_calls, teacher_images
+from bootcli.store.artifact import load_student
 from bootcli.store.checkpoint import checkpoints
 from bootcli.store.files import read_json, write_json
 from bootcli.store.rundir import RunDir
+from bootcli.store.tensors import read_tensors, write_tensors
 from bootcli.teachers.registry import load
 from bootcli.teachers.view import TeacherView
 from bootcli.trainer import RESIDUAL_BINS
@@ -345,9 +347,6 @@ def trained(bench: Bench, run: Path, settings: dict[str, object], seed: int) -> 
     result: dict[str, Any] = evaluate(
         run, metrics=metrics, num_images=bench.num_images, nfe=nfes, batch_size=250, device=bench.device
     )
-    paired: dict[str, Any] = evaluate(
-        run, metrics=("paired",), num_images=min(bench.num_images, PAIRED), batch_size=250, device=bench.device
-    )
     own: dict[str, Any] = evaluate(
         run,
         metrics=("fid",),
@@ -356,7 +355,7 @@ def trained(bench: Bench, run: Path, settings: dict[str, object], seed: int) -> 
         batch_size=250,
         device=bench.device,
     )
-    result["student"] |= paired["student"] | {"fid_to_teacher": own["student"]["fid"]}
+    result["student"] |= {"paired_mse": paired_mse(bench, run), "fid_to_teacher": own["student"]["fid"]}
     lines = [json.loads(line) for line in RunDir(run).log_file.read_text().splitlines()[-NEWEST:]]
     keep = ("nfe", "fid", "precision", "recall", "accuracy", "paired_mse", "fid_to_teacher")
     return {
@@ -371,6 +370,21 @@ def trained(bench: Bench, run: Path, settings: dict[str, object], seed: int) -> 
         "mixed_precision": RunDir(run).config().mixed_precision,
         "settings": dict(flatten(to_dict(config))) | {"prompts": config.prompts and Path(config.prompts).name},
     }
+
+
+@torch.no_grad()
+def paired_mse(bench: Bench, run: Path) -> float:
+    """As `bootcli evaluate --metric paired`, with ends of the teacher's paths that are drawn once for all students."""
+    student, config = (artifact := load_student(run)).student, artifact.config
+    engine, teacher = Engine(bench.device, "no"), load(bench.teacher).teacher
+    cond_of, seeds = condition_of(teacher, config), range(min(bench.num_images, PAIRED))
+    t_max = start_time(teacher, config)
+    kept = bench.runs / f"paths-from-{t_max:.4f}.safetensors"
+    if not kept.exists():
+        view = teacher_view(teacher, config, engine)
+        write_tensors(kept, {"ends": torch.cat([*path_ends(view, t_max, OWN_STEPS, cond_of, seeds, 250, engine)])}, {})
+    ends = read_tensors(kept)[0]["ends"].split(250)
+    return float(torch.cat([*paired_errors(student.to(engine.device), ends, cond_of, seeds, engine)]).mean())
 
 
 def refuse_other(run: Path, config: DistillConfig) -> None:

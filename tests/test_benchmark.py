@@ -49,9 +49,11 @@ def test_a_benchmark_from_cells_to_page(bench: Bench, capsys: pytest.CaptureFixt
     assert cell(bench, "teacher-ddim-2")["nfe"] == cell(bench, "teacher-dpmsolver-2")["nfe"] == 2
     assert "| teacher |" in page("fashion", read_cells(bench.cells), list(benchmark.OBJECTIVES))
     kept = bench.runs / "teacher.safetensors"
-    again = evaluate(
-        bench.runs / "few-step-seed1", num_images=70, reference=str(kept), teacher_steps=(2,), device="cpu"
-    )
+    run = bench.runs / "few-step-seed1"
+    again = evaluate(run, num_images=70, reference=str(kept), teacher_steps=(2,), device="cpu")
+    paired = evaluate(run, metrics=["paired"], num_images=4, device="cpu")
+    assert later["student"][0]["paired_mse"] == pytest.approx(paired["student"]["paired_mse"], rel=1e-4)  # type: ignore[index]
+    assert len([*bench.runs.glob("paths-from-*.safetensors")]) == 1
     for row, same in (
         (later["student"][0], again["student"]),  # type: ignore[index]
         (cell(bench, "teacher-ddim-2"), again["teacher"][0]),  # type: ignore[index]

@@ -15,7 +15,15 @@ from bootcli.errors import UsageError
 from bootcli.evaluate import features_of, frechet, gaussian_fit
 from bootcli.manifold import NEIGHBOURS, Manifold, manifold_of, precision_recall, some_rows
 from bootcli.reference import OTHER_NOISE, OWN_STEPS, Reference
-from bootcli.sampler import CondOf, SeedOf, paired_errors, reference_calls, student_images, teacher_images
+from bootcli.sampler import (
+    CondOf,
+    SeedOf,
+    paired_errors,
+    path_ends,
+    reference_calls,
+    student_images,
+    teacher_images,
+)
 from bootcli.student import Student
 from bootcli.teachers.view import TeacherView
 
@@ -99,17 +107,9 @@ class Bench:
         return scores
 
     def _paired_mse(self, t_max: float, seeds: range) -> float:
-        errors = paired_errors(
-            self.student,
-            self.view,
-            t_max,
-            OWN_STEPS,
-            self.cond_of,
-            seeds,
-            self.batch_size,
-            self.engine,
-            self.seed_of,
-        )
+        cond_of, seed_of, engine = self.cond_of, self.seed_of, self.engine
+        ends = path_ends(self.view, t_max, OWN_STEPS, cond_of, seeds, self.batch_size, engine, seed_of)
+        errors = paired_errors(self.student, ends, cond_of, seeds, engine, seed_of)
         return float(torch.cat(list(self._reported("student and teacher in pairs", errors, seeds))).mean())
 
     def _reported(self, label: str, batches: Iterator[Tensor], seeds: range) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from bootcli.pipelines import evaluate as pipeline
 from bootcli.pipelines.setup import start_time
 from bootcli.plugin import Cond, Teacher
 from bootcli.reference import OWN_STEPS
-from bootcli.sampler import paired_errors, prior_noise, teacher_endpoint
+from bootcli.sampler import paired_errors, path_ends, prior_noise, teacher_endpoint
 from bootcli.store.artifact import load_student
 from bootcli.student import Student
 from bootcli.teachers.registry import Loaded, load
@@ -37,10 +37,10 @@ def errors(teacher: Teacher, sample: Sample, batch_size: int = 4) -> Tensor:
     """Of nine seeds, of a student that samples as told."""
     student = Student(teacher, "native", 0.0)
     student.sample = sample  # type: ignore[method-assign]
-    view, engine = TeacherView(teacher), Engine("cpu", "no")
-    return torch.cat(
-        list(paired_errors(student, view, 1.0, 5, lambda seeds: Cond(), range(20, 29), batch_size, engine))
-    )
+    seeds, engine = range(20, 29), Engine("cpu", "no")
+    ends = list(path_ends(TeacherView(teacher), 1.0, 5, lambda seeds: Cond(), seeds, batch_size, engine))
+    assert {len(batch) for batch in ends[:-1]} <= {batch_size}
+    return torch.cat(list(paired_errors(student, ends, lambda seeds: Cond(), seeds, engine)))
 
 
 def test_a_student_at_the_end_of_the_path_has_no_error() -> None:

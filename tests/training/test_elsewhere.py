@@ -14,7 +14,7 @@ from bootcli.critic import Critic
 from bootcli.engine import Engine
 from bootcli.pipelines.distill import Session
 from bootcli.plugin import Cond, Teacher
-from bootcli.sampler import paired_errors, student_images, teacher_images
+from bootcli.sampler import paired_errors, path_ends, student_images, teacher_images
 from bootcli.store.rundir import RunDir
 from bootcli.teachers.registry import load
 from tests.elsewhere import elsewhere
@@ -91,7 +91,8 @@ def test_images_are_drawn_elsewhere(tiny_teacher: Teacher) -> None:
         of = work.shown
         (drawn,) = student_images(student, of, range(2), 2, engine, starts=(0.5,))
         (reference,) = teacher_images(work.view, 2, of, range(2), 2, engine)
-        (errors,) = paired_errors(student, work.view, work.t_max, 2, of, range(2), 2, engine)
+        ends = path_ends(work.view, work.t_max, 2, of, range(2), 2, engine)
+        (errors,) = paired_errors(student, ends, of, range(2), engine)
     assert drawn.shape == reference.shape == (2, 1, 8, 8)
     assert errors.shape == (2,)
 
