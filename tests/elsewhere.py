@@ -6,8 +6,9 @@ with tensors of the CPU (but for single numbers and indices); as on a Mac, there
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any
 from unittest import mock
 
@@ -17,7 +18,6 @@ from torch import Tensor
 from torch import __future__ as future
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 ELSEWHERE = torch.device("meta")
 """Named after the one device that needs no hardware; here it has values."""
@@ -51,9 +51,19 @@ class Elsewhere(Tensor):
         return computed(func, args, kwargs or {})
 
 
+def _swapped(tree: Any, kind: type, of: Callable[[Any], Any]) -> Any:
+    """Every ``kind`` in what an operation takes or gives; torch's own maps of trees take most of a run's time here."""
+    if isinstance(tree, kind):
+        return of(tree)
+    if type(tree) in (tuple, list):
+        return type(tree)([_swapped(each, kind, of) for each in tree])
+    return tree
+
+
 def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The operation on the values, its results where they belong."""
-    tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
+    tensors: list[Tensor] = []
+    _swapped((*args, *kwargs.values()), Tensor, tensors.append)
     away = any(isinstance(each, Elsewhere) for each in tensors)
     wanted = kwargs.get("device")
     if func not in COPIES:
@@ -65,11 +75,11 @@ def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = kwargs | {"device": torch.device("cpu")}
     elif func is _aten.copy_.default:
         away = isinstance(args[0], Elsewhere)
-    plain_args, plain_kwargs = tree_map_only(Elsewhere, lambda each: each.here, (args, kwargs))
-    result = func(*plain_args, **plain_kwargs)
+    values = _swapped((*args, *kwargs.values()), Elsewhere, attrgetter("here"))
+    result = func(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
     if not away:
         return result
-    result = tree_map_only(Tensor, Elsewhere, result)
+    result = _swapped(result, Tensor, Elsewhere)
     return return_and_correct_aliasing(func, args, kwargs, result) if tensors and wanted is None else result
 
 

@@ -16,7 +16,14 @@ from benchmark_page import page, read_cells, trained_on
 from bootcli import trainer
 from bootcli.pipelines.evaluate import evaluate
 
-SMALL = {"batch_size": 8, "log_every": 1, "kd.teacher_steps": 2, "watch.every": 0, "mixed_precision": "no"}
+SMALL = {
+    "batch_size": 8,
+    "log_every": 1,
+    "kd.teacher_steps": 2,
+    "preview_teacher_steps": 2,
+    "watch.every": 0,
+    "mixed_precision": "no",
+}
 
 
 @pytest.fixture

@@ -129,7 +129,9 @@ def test_sigterm_saves_and_exits_143(settings: dict[str, object], tmp_path: Path
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize(("stop", "objective"), [(False, "boot"), (True, "boot"), (False, "kd")])
+@pytest.mark.parametrize(
+    ("stop", "objective"), [(False, "boot"), (True, "boot"), pytest.param(False, "kd", marks=pytest.mark.slow)]
+)
 def test_two_processes_make_one_run(settings: dict[str, object], tmp_path: Path, stop: bool, objective: str) -> None:
     """The same losses as one process; a signal to one stops both at one step, with one checkpoint."""
     words = ["distill", "--teacher", str(settings["teacher"]), "--batch-size", "8", "--device", "cpu", "--seed", "3",

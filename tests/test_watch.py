@@ -67,7 +67,8 @@ def test_residual_warns_when_it_rises_far_above_its_lowest() -> None:
 
 
 @pytest.fixture
-def settings() -> dict[str, object]:
+def settings(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    monkeypatch.setattr(scoring, "DIVERSE", 32)  # the teacher draws as many in each run
     return {
         "teacher": "fashion",
         "steps": 6,

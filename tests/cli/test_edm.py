@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,9 @@ import torch
 from bootcli_edm.architecture import Architecture
 from edm_pickle import SOURCE, write_pickle
 
-from .conftest import Cli
+from .conftest import Cli, Done
+
+Inside = Callable[..., Done]
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +31,13 @@ def tiny_edm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def refused(done: subprocess.CompletedProcess[str], said: str) -> tuple[int, bool]:
+def refused(done: Done, said: str) -> tuple[int, bool]:
     """Exit code, and whether these words were said, wherever the lines break."""
     return done.returncode, said in " ".join(done.stderr.split())
 
 
-def test_what_is_in_a_pickle(cli: Cli, tiny_edm: Path) -> None:
-    done = cli("teachers", str(tiny_edm), "--json")
+def test_what_is_in_a_pickle(inside: Inside, tiny_edm: Path) -> None:
+    done = inside("teachers", str(tiny_edm), "--json")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert (facts["family"], facts["conditioning"], facts["classes"]) == ("edm", "class", 3)
@@ -43,37 +45,38 @@ def test_what_is_in_a_pickle(cli: Cli, tiny_edm: Path) -> None:
     assert facts["details"]["also in the file"].startswith("loss_fn")
 
 
-def test_a_pickle_is_converted_once(cli: Cli, tiny_edm: Path, tmp_path: Path) -> None:
-    done = cli("teachers", str(tiny_edm), "--convert", "tiny.safetensors")
+def test_a_pickle_is_converted_once(inside: Inside, tiny_edm: Path, tmp_path: Path) -> None:
+    done = inside("teachers", str(tiny_edm), "--convert", "tiny.safetensors")
     assert done.returncode == 0, done.stderr
-    shown = [json.loads(cli("teachers", name, "--json").stdout) for name in (str(tiny_edm), "./tiny.safetensors")]
+    shown = [json.loads(inside("teachers", name, "--json").stdout) for name in (str(tiny_edm), "./tiny.safetensors")]
     for facts in shown:
         del facts["source"]
     assert shown[0] == shown[1]
     before = (tmp_path / "tiny.safetensors").read_bytes()
     for name, said in (("tiny.safetensors", "exists already"), ("tiny.pkl", "a .safetensors file")):
-        assert refused(cli("teachers", str(tiny_edm), "--convert", name), said) == (2, True)
-    assert refused(cli("teachers", "--convert", "other.safetensors"), "name the teacher") == (2, True)
-    assert refused(cli("teachers", "fashion", "--convert", "other.safetensors"), "no form of its own") == (1, True)
+        assert refused(inside("teachers", str(tiny_edm), "--convert", name), said) == (2, True)
+    assert refused(inside("teachers", "--convert", "other.safetensors"), "name the teacher") == (2, True)
+    assert refused(inside("teachers", "fashion", "--convert", "other.safetensors"), "no form of its own") == (1, True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.safetensors"]
     assert (tmp_path / "tiny.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("objective", ["boot", "kd", "freeflow"])
-def test_from_a_pickle_to_a_student(cli: Cli, tiny_edm: Path, tmp_path: Path, objective: str) -> None:
+def test_from_a_pickle_to_a_student(inside: Inside, tiny_edm: Path, tmp_path: Path, objective: str) -> None:
     settings = ["--steps", "2", "--batch-size", "8", "--classes", "0,2", "--set", "preview_teacher_steps=3"]
     settings += ["--set", "clock=log"] if objective == "boot" else []
-    done = cli("distill", "--teacher", str(tiny_edm), "--objective", objective, "--output", "run", *settings)
+    done = inside("distill", "--teacher", str(tiny_edm), "--objective", objective, "--output", "run", *settings)
     assert done.returncode == 0, done.stderr
-    done = cli("sample", "run", "-n", "2", "--class", "2", "--output", "images")
+    done = inside("sample", "run", "-n", "2", "--class", "2", "--output", "images")
     assert done.returncode == 0, done.stderr
-    done = cli("export", "run", "--format", "safetensors")
+    done = inside("export", "run", "--format", "safetensors")
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "run" / "export" / "safetensors" / "README.md").read_text()
     assert "license: cc-by-nc-sa-4.0" in card
     assert "Its licence is that of its teacher: cc-by-nc-sa-4.0." in card
 
 
+@pytest.mark.slow
 def test_one_step_of_fashion_edm_is_better_than_seven_calls_of_its_teacher(cli: Cli) -> None:
     """The embedded EDM teacher, a tenth of its recipe: Heun in 4 steps calls it 7 times."""
     few = ["--steps", "60", "--preview-every", "0", "--set", "preview_teacher_steps=2", "--set", "watch.every=0"]
@@ -89,16 +92,16 @@ def test_one_step_of_fashion_edm_is_better_than_seven_calls_of_its_teacher(cli: 
     assert student["accuracy"] > teacher["accuracy"]
 
 
-def test_another_clock_needs_a_family_that_has_one(cli: Cli) -> None:
-    assert refused(cli("distill", "--set", "clock=log", "--steps", "1"), "times have one spacing") == (2, True)
+def test_another_clock_needs_a_family_that_has_one(inside: Inside) -> None:
+    assert refused(inside("distill", "--set", "clock=log", "--steps", "1"), "times have one spacing") == (2, True)
 
 
 @pytest.mark.parametrize("named", ["evil.pkl", "edm:evil.pkl"])
-def test_a_file_that_would_run_code_is_refused_in_one_message(cli: Cli, tmp_path: Path, named: str) -> None:
+def test_a_file_that_would_run_code_is_refused_in_one_message(inside: Inside, tmp_path: Path, named: str) -> None:
     file = tmp_path / "evil.pkl"
     file.write_bytes(b"\x80\x04\x8c\x17torch_utils.persistence0cos\nsystem\n\x8c\ntouch made\x85R.")
     for command in (["teachers", named], ["distill", "--teacher", named]):
-        done = cli(*command)
+        done = inside(*command)
         assert done.returncode == 1
         assert done.stdout == ""
         said = " ".join(done.stderr.split())

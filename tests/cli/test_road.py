@@ -18,7 +18,7 @@ from .conftest import Cli, Done, environment
 
 Inside = Callable[..., Done]
 
-QUICK = ["--batch-size", "4", "--device", "cpu", "--set", "preview_teacher_steps=2"]
+QUICK = ["--batch-size", "4", "--device", "cpu", "--set", "preview_teacher_steps=2", "--set", "watch.every=0"]
 
 
 @pytest.fixture(scope="module")

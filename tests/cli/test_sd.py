@@ -54,31 +54,31 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FEW = ["--steps", "2", "--batch-size", "4", "--set", "preview_teacher_steps=2", "--set", "watch.every=0"]
 
 
-def test_prompts_in_images_out(cli: Cli, tiny_sd: Path, tmp_path: Path) -> None:
+def test_prompts_in_images_out(inside: Callable[..., Done], tiny_sd: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# two of them\na red shoe\tblue\na green coat\n")
     flags = ["--teacher", str(tiny_sd), "--prompts", "prompts.txt", "--guidance-scale", "3", "--output", "run"]
-    done = cli("distill", *flags, *FEW)
+    done = inside("distill", *flags, *FEW)
     assert done.returncode == 0, done.stderr
     kept = [json.loads(line) for line in (tmp_path / "run" / "prompts.jsonl").read_text().splitlines()]
     assert kept == [{"prompt": "a red shoe", "negative_prompt": "blue"}, {"prompt": "a green coat"}]
     prompts.unlink()
-    done = cli("sample", "run", "-n", "2", "--prompt", "a brown hat", "--output", "images")
+    done = inside("sample", "run", "-n", "2", "--prompt", "a brown hat", "--output", "images")
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "images" / "000001.png") as image:
         assert image.text["prompt"] == "a brown hat"  # type: ignore[attr-defined]
         assert image.text["seed"] == "1"  # type: ignore[attr-defined]
-    done = cli("distill", "--resume", "--output", "run", "--steps", "3")
+    done = inside("distill", "--resume", "--output", "run", "--steps", "3")
     assert done.returncode == 0, done.stderr
     (tmp_path / "run").rename(tmp_path / "moved")
-    done = cli("sample", "moved", "-n", "3", "--output", "more")
+    done = inside("sample", "moved", "-n", "3", "--output", "more")
     assert done.returncode == 0, done.stderr
     told = []
     for name in ("000000", "000001", "000002"):
         with Image.open(tmp_path / "more" / f"{name}.png") as image:
             told.append(image.text["prompt"])  # type: ignore[attr-defined]
     assert told == ["a red shoe", "a green coat", "a red shoe"]
-    done = cli("export", "moved", "--format", "diffusers")
+    done = inside("export", "moved", "--format", "diffusers")
     assert done.returncode == 0, done.stderr
 
 
@@ -119,13 +119,13 @@ def test_several_prompts_and_sizes(inside: Callable[..., Done], tiny_sd: Path, t
     assert not (tmp_path / "other").exists()
 
 
-def test_prompts_that_are_cut_are_told_of(cli: Cli, tiny_sd: Path, tmp_path: Path) -> None:
+def test_prompts_that_are_cut_are_told_of(inside: Callable[..., Done], tiny_sd: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a shoe\nmuch too many words for the little that it reads\n")
-    done = cli("distill", "--teacher", str(tiny_sd), "--prompts", "prompts.txt", "--output", "run", *FEW)
+    done = inside("distill", "--teacher", str(tiny_sd), "--prompts", "prompts.txt", "--output", "run", *FEW)
     assert done.returncode == 0, done.stderr
     said = " ".join((done.stdout + done.stderr).split())
     assert "1 of 2 prompts are longer than the teacher reads" in said
-    done = cli("distill", "--teacher", str(tiny_sd), "--negative-prompt", "blur", "--output", "other", *FEW)
+    done = inside("distill", "--teacher", str(tiny_sd), "--negative-prompt", "blur", "--output", "other", *FEW)
     assert done.returncode == 2
     assert "Add --guidance-scale" in " ".join(done.stderr.split())
 
@@ -177,12 +177,13 @@ def test_negative_prompts_are_told_to_be_without_effect(
         assert done.stdout.count("Negative prompts of --prompts lead the teacher alone") == told, done.stderr
 
 
-def test_without_prompts_it_takes_its_own(cli: Cli, tiny_sd: Path, tmp_path: Path) -> None:
-    done = cli("distill", "--teacher", str(tiny_sd), "--output", "run", *FEW)
+def test_without_prompts_it_takes_its_own(inside: Callable[..., Done], tiny_sd: Path, tmp_path: Path) -> None:
+    done = inside("distill", "--teacher", str(tiny_sd), "--output", "run", *FEW)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "prompts.jsonl").read_text().count("\n") == 200
 
 
+@pytest.mark.slow
 def test_one_step_of_fashion_sd_is_what_was_asked_for(cli: Cli, tmp_path: Path) -> None:
     """The embedded text-to-image teacher, a fortieth of its recipe, with prompts of a user and with its own."""
     few = ["--steps", "60", "--preview-every", "0", "--set", "preview_teacher_steps=2", "--set", "watch.every=0"]
@@ -213,21 +214,21 @@ def test_without_a_network_the_way_out_is_said_at_once(cli: Cli) -> None:
     assert "--teacher ./stable-diffusion-v1-5" in said
 
 
-def test_a_student_that_takes_w(cli: Cli, tiny_sd: Path, tmp_path: Path) -> None:
+def test_a_student_that_takes_w(inside: Callable[..., Done], tiny_sd: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red shoe\na green coat\n")
     flags = ["--teacher", str(tiny_sd), "--prompts", "prompts.txt", "--guidance-range", "1.5,6", "--output", "run"]
     quick = ["--learning-rate", "0.05", "--set", "optimizer.warmup_steps=1", "--set", "guidance.rescale=0.5"]
-    done = cli("distill", *flags, *FEW, *quick)
+    done = inside("distill", *flags, *FEW, *quick)
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["guidance_range"], config["guidance_scale"]) == ([1.5, 6.0], 1.0)
     assert config["guidance"] == {"rescale": 0.5, "interval": [0.0, 1.0], "one_batch": True}
-    done = cli("sample", "run", "-n", "2", "--guidance-scale", "6")
+    done = inside("sample", "run", "-n", "2", "--guidance-scale", "6")
     assert done.returncode == 0, done.stderr
     assert "w = 6" in done.stdout
     with Image.open(tmp_path / "run" / "samples" / "guidance-6" / "000001.png") as image:
         assert image.text["guidance_scale"] == "6.0"  # type: ignore[attr-defined]
-    done = cli("export", "run", "--format", "diffusers")
+    done = inside("export", "run", "--format", "diffusers")
     assert done.returncode == 0, done.stderr
 
 
@@ -240,8 +241,10 @@ def test_a_student_that_takes_w(cli: Cli, tiny_sd: Path, tmp_path: Path) -> None
         (["--guidance-range", "8,2"], "does not rise"),
     ],
 )
-def test_guidance_that_cannot_be(cli: Cli, tiny_sd: Path, tmp_path: Path, words: list[str], message: str) -> None:
-    done = cli("distill", "--teacher", str(tiny_sd), "--output", "run", *FEW, *words)
+def test_guidance_that_cannot_be(
+    inside: Callable[..., Done], tiny_sd: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    done = inside("distill", "--teacher", str(tiny_sd), "--output", "run", *FEW, *words)
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
     assert not (tmp_path / "run").exists()

@@ -293,7 +293,7 @@ def test_a_file_that_is_cut_or_flipped_is_refused_or_read(make_pickle: MakePickl
     draw = random.Random(0)
     file = tmp_path / "damaged.pkl"
     refused = 0
-    for i in range(400):
+    for i in range(100):
         damaged = bytearray(good)
         if i % 4 == 0:
             damaged = damaged[: draw.randrange(len(good))]
@@ -305,7 +305,7 @@ def test_a_file_that_is_cut_or_flipped_is_refused_or_read(make_pickle: MakePickl
             assert isinstance(load(file), EDMTeacher)
         except BootError:
             refused += 1
-    assert refused >= 100  # every cut one at least
+    assert refused >= 25  # every cut one at least
 
 
 def test_every_byte_of_the_opcodes_may_be_flipped(make_pickle: MakePickle) -> None:

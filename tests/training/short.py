@@ -19,6 +19,7 @@ EVERYTHING: dict[str, object] = {
     "replay.teacher_steps": 4,
     "replay.points": 1,
     "kd.teacher_steps": 2,
+    "kd.buffer": 16,
     "adversary.warmup": 1,
 }
 ADVERSARIES = {"boot": "replay.adversary", "freeflow": "replay.adversary", "kd": "kd.adversary"}
