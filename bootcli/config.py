@@ -254,7 +254,8 @@ class WatchConfig:
     num_images: Annotated[int, Ge(128)] = 1000
     """Images of each score; where there is no reference, 128 tell the diversity."""
     reference: str | None = None
-    """What the distance is to, as evaluate's --reference; None is what comes with the teacher, if anything."""
+    """What the distance is to, as evaluate's --reference; None is what comes with the teacher, if anything, and where
+    that is guided its own images ("teacher"): guidance leads away from real ones, and a better student follows."""
     patience: Count = 0
     """Scores without a better one after which the run ends; 0: never."""
 

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from bootcli.pipelines.events import Encoded, Event, Previewed, Scored, Started, Stepped, Warned
+from bootcli.pipelines.events import Comparing, Encoded, Event, Previewed, Scored, Started, Stepped, Warned
 
 LINE_EVERY = 10.0
 """Seconds between plain progress lines."""
@@ -103,6 +103,8 @@ class _Training:
             report = event.report
             details = f"loss {report.loss:.4g}  residual {report.residual:.4g}"
             self.display.advance("step", report.step, self.steps, details, images=report.images)
+        elif isinstance(event, Comparing):
+            self.display.note(f"the teacher draws {event.num_images} images to compare with")
         elif isinstance(event, Scored):
             score, best = event.score, ", the best so far" if event.is_best else ""
             fid = "" if score.fid is None else f"watched FID {score.fid:.3g}{best}, "

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,10 +19,10 @@ from bootcli.evaluate import frechet
 from bootcli.pipelines import distill as pipeline
 from bootcli.pipelines import scoring
 from bootcli.pipelines.distill import distill
-from bootcli.pipelines.events import Finished, Scored, Stepped, Warned
+from bootcli.pipelines.events import Comparing, Finished, Scored, Stepped, Warned
 from bootcli.pipelines.scoring import Scorer
 from bootcli.pipelines.settings import resolve_config, resume_config
-from bootcli.pipelines.setup import set_up
+from bootcli.pipelines.setup import set_up, without_auto
 from bootcli.reference import reference_for
 from bootcli.sampler import prior_noise
 from bootcli.store.checkpoint import checkpoints
@@ -118,6 +119,31 @@ def test_the_teachers_own_images_are_what_a_score_is_of(
     fresh = scorer.score(0).fid
     assert fresh is not None
     assert chance < 10 < 40 < fresh, "real images are near the teacher's, those of a fresh student are not"
+
+
+@pytest.mark.parametrize(
+    ("words", "reference"),
+    [
+        ({"guidance_scale": 2.0}, "teacher"),
+        ({"guidance_range": (1.0, 2.0)}, "teacher"),
+        ({}, None),
+        ({"guidance_scale": 2.0, "watch.reference": "inception-clean:photos"}, "inception-clean:photos"),
+    ],
+)
+def test_a_guided_student_is_compared_with_its_teacher(words: dict[str, object], reference: str | None) -> None:
+    """Its distance to real images rises as it becomes better: the best student was the first one."""
+    config = resolve_config({"teacher": "fashion-edm", "device": "cpu"} | words, {}, {})
+    teacher, engine = load(config.teacher).teacher, Engine("cpu", "no")
+    assert without_auto(teacher, config, engine).watch.reference == reference
+    with mock.patch.object(teacher, "feature_space", return_value=None):
+        assert without_auto(teacher, config, engine).watch.reference == words.get("watch.reference")
+
+
+def test_drawing_what_a_score_is_of_is_told_of(settings: dict[str, object], tmp_path: Path) -> None:
+    few = settings | {"steps": 4, "watch.reference": "teacher", "corrector": False, "kd.adversary": 0.0}
+    told = [e for e in distill(resolve_config(few, {}, {}), tmp_path / "run") if isinstance(e, (Comparing, Scored))]
+    assert [type(e) for e in told] == [Comparing, Scored, Scored]
+    assert told[0] == Comparing(128)
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *fids: float) -> None:

@@ -16,10 +16,22 @@ from bootcli.engine import Engine
 from bootcli.errors import BootError, Interrupted
 from bootcli.images import enlarge, grid, save_png, to_uint8
 from bootcli.objectives.kd import FIRST_FILL
-from bootcli.pipelines.events import Encoded, Event, Finished, Previewed, Saved, Scored, Started, Stepped, Warned
+from bootcli.pipelines.events import (
+    Comparing,
+    Encoded,
+    Event,
+    Finished,
+    Previewed,
+    Saved,
+    Scored,
+    Started,
+    Stepped,
+    Warned,
+)
 from bootcli.pipelines.scoring import FIRST_SEED, Scorer
 from bootcli.pipelines.setup import Distillation, facts_of, set_up
 from bootcli.prompts import read_prompts
+from bootcli.reference import OWN_IMAGES
 from bootcli.sampler import prior_noise, teacher_endpoint
 from bootcli.signals import watch_signals
 from bootcli.store.artifact import save_student
@@ -208,6 +220,8 @@ class Session:
         if not self.engine.is_main or any(score.step == step for score in self._watch.scores):
             return
         if self._scorer is None:
+            if (self.config.watch.reference or "").rpartition(":")[2] == OWN_IMAGES:
+                yield Comparing(self.config.watch.num_images)
             self._scorer = Scorer(self.work, self.engine)
         with self.trainer.ema.applied_to(self.work.student):
             score = self._scorer.score(step)

@@ -64,6 +64,13 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Comparing:
+    """The teacher begins to draw images that students are compared with from then on."""
+
+    num_images: int
+
+
+@dataclass(frozen=True)
 class Scored:
     """The student was measured."""
 
@@ -100,4 +107,4 @@ class Finished:
     best: Score | None
 
 
-Event = Started | Encoded | Stepped | Previewed | Saved | Scored | Warned | Finished
+Event = Started | Encoded | Stepped | Previewed | Saved | Comparing | Scored | Warned | Finished

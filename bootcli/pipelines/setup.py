@@ -26,6 +26,7 @@ from bootcli.objectives.refiner import Refiner
 from bootcli.pipelines.networks import adversary_beside, check_lora, check_memory, head_of, make_networks, try_half
 from bootcli.pipelines.requests import check_requests, class_pool, guided_by, in_turn, prompts_of, sampling_scale
 from bootcli.prompts import Prompts
+from bootcli.reference import OWN_IMAGES
 from bootcli.sampler import CondOf, prior_noise
 from bootcli.store.artifact import load_student
 from bootcli.student import Student
@@ -227,9 +228,13 @@ def without_auto(teacher: Teacher, config: DistillConfig, engine: Engine) -> Dis
         start_t = 0.5 if head == "x0" else 1.0
     if config.student.lora_rank and start_t != 1.0:
         raise UsageError("student.start_t: a LoRA starts as the teacher, whose weights it shares.", "Leave it out.")
+    reference = config.watch.reference
+    if reference is None and config.guided and teacher.feature_space() is not None:
+        reference = OWN_IMAGES
     return dataclasses.replace(
         config,
         mixed_precision=engine.mixed_precision,
+        watch=dataclasses.replace(config.watch, reference=reference),
         student=dataclasses.replace(config.student, head=head, start_t=start_t, max_gain=max_gain_of(teacher, config)),
         boot=dataclasses.replace(config.boot, weight=weight),
         corrector=config.objective == "freeflow" if config.corrector is None else config.corrector,
