@@ -108,7 +108,7 @@ def test_the_teachers_own_images_are_what_a_score_is_of(
         return prior_noise(seeds, shape)
 
     monkeypatch.setattr(scoring, "prior_noise", spy)
-    config = resolve_config({**settings, "watch.reference": "teacher"}, {}, {})
+    config = resolve_config({**settings, "batch_size": 128, "watch.reference": "teacher"}, {}, {})
     engine = Engine("cpu", "bf16")
     scorer = Scorer(set_up(load(config.teacher).teacher, config, engine), engine)
     assert scorer.reference is not None
@@ -139,7 +139,10 @@ def test_a_guided_student_is_compared_with_its_teacher(words: dict[str, object],
         assert without_auto(teacher, config, engine).watch.reference == words.get("watch.reference")
 
 
-def test_drawing_what_a_score_is_of_is_told_of(settings: dict[str, object], tmp_path: Path) -> None:
+def test_drawing_what_a_score_is_of_is_told_of(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "OWN_STEPS", 2)
     few = settings | {"steps": 4, "watch.reference": "teacher", "corrector": False, "kd.adversary": 0.0}
     told = [e for e in distill(resolve_config(few, {}, {}), tmp_path / "run") if isinstance(e, (Comparing, Scored))]
     assert [type(e) for e in told] == [Comparing, Scored, Scored]
