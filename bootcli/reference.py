@@ -89,16 +89,14 @@ def reference_for(
             _need_features(rows, "This teacher's own reference")
         network = own.network.eval().to(device)
         return Reference(own.name, network, statistics, own.source, own.floor, rows, own.classes_of, own.words)
-    prefix, _, rest = reference.partition(":")
-    inception = prefix in INCEPTION
-    named = rest if inception else reference
-    drawn = own_images if named == OWN_IMAGES else None
+    inception, named = _parts(reference)
+    drawn = own_images if is_own(reference) else None
     path = expanded(named)
     if drawn is None and not path.exists():
         raise UsageError(f"--reference {reference}: {path} does not exist.", FORMS)
     if own is None and not inception:
         raise UsageError(f"--reference {reference}: this teacher has no feature network of its own.", FORMS)
-    space, dimensions = (prefix, 2048) if inception or own is None else (own.name, len(own.mean))
+    space, dimensions = (inception, 2048) if inception or own is None else (own.name, len(own.mean))
     known = None if drawn or path.is_dir() else _read(path, space, dimensions)  # before a large network is loaded
     if known is not None and with_features:
         _need_features(known[1], f"--reference {reference}")
@@ -110,6 +108,17 @@ def reference_for(
     classes_of, words = (None, ()) if inception or own is None else (own.classes_of, own.words)
     source = f"the teacher's own, {OWN_STEPS} steps" if drawn else str(path)
     return Reference(space, network, known[0], source, features=known[1], classes_of=classes_of, words=words)
+
+
+def is_own(reference: str | None) -> bool:
+    """Whether a user's ``--reference`` is what the teacher draws itself."""
+    return reference is not None and _parts(reference)[1] == OWN_IMAGES
+
+
+def _parts(reference: str) -> tuple[str, str]:
+    """Which Inception features it asks for, "" for none, and what it names."""
+    prefix, _, rest = reference.partition(":")
+    return (prefix, rest) if prefix in INCEPTION else ("", reference)
 
 
 def _need_features(features: Tensor | None, source: str) -> None:

@@ -379,7 +379,7 @@ def paired_mse(bench: Bench, run: Path) -> float:
     engine, teacher = Engine(bench.device, "no"), load(bench.teacher).teacher
     cond_of, seeds = condition_of(teacher, config), range(min(bench.num_images, PAIRED))
     t_max = start_time(teacher, config)
-    kept = bench.runs / f"paths-from-{t_max:.4f}.safetensors"
+    kept = bench.runs / f"paths-from-{t_max:.4f}-{len(seeds)}.safetensors"
     if not kept.exists():
         view = teacher_view(teacher, config, engine)
         write_tensors(kept, {"ends": torch.cat([*path_ends(view, t_max, OWN_STEPS, cond_of, seeds, 250, engine)])}, {})

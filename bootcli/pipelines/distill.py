@@ -31,7 +31,7 @@ from bootcli.pipelines.events import (
 from bootcli.pipelines.scoring import FIRST_SEED, Scorer
 from bootcli.pipelines.setup import Distillation, facts_of, set_up
 from bootcli.prompts import read_prompts
-from bootcli.reference import OWN_IMAGES
+from bootcli.reference import is_own
 from bootcli.sampler import prior_noise, teacher_endpoint
 from bootcli.signals import watch_signals
 from bootcli.store.artifact import save_student
@@ -220,7 +220,7 @@ class Session:
         if not self.engine.is_main or any(score.step == step for score in self._watch.scores):
             return
         if self._scorer is None:
-            if (self.config.watch.reference or "").rpartition(":")[2] == OWN_IMAGES:
+            if is_own(self.config.watch.reference):
                 yield Comparing(self.config.watch.num_images)
             self._scorer = Scorer(self.work, self.engine)
         with self.trainer.ema.applied_to(self.work.student):
