@@ -30,6 +30,7 @@ from bootcli.store.rundir import RunDir
 from bootcli.store.tensors import read_tensors
 from bootcli.teachers.registry import load
 from bootcli.trainer import StepReport, Trainer
+from bootcli.ui import training
 from bootcli.watch import COLLAPSED, NOISY, RISEN, Score, Watch
 
 
@@ -140,13 +141,15 @@ def test_a_guided_student_is_compared_with_its_teacher(words: dict[str, object],
 
 
 def test_drawing_what_a_score_is_of_is_told_of(
-    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(scoring, "OWN_STEPS", 2)
     few = settings | {"steps": 4, "watch.reference": "teacher", "corrector": False, "kd.adversary": 0.0}
     told = [e for e in distill(resolve_config(few, {}, {}), tmp_path / "run") if isinstance(e, (Comparing, Scored))]
     assert [type(e) for e in told] == [Comparing, Scored, Scored]
-    assert told[0] == Comparing(128)
+    with training() as show:
+        show(told[0])
+    assert "the teacher draws 128 images to compare with" in capsys.readouterr().err
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *fids: float) -> None:
