@@ -388,10 +388,15 @@ def paired_mse(bench: Bench, run: Path) -> float:
 
 
 def refuse_other(run: Path, config: DistillConfig) -> None:
-    """Stop where a run cannot go on with these settings; a recipe may have changed since it began."""
+    """Stop where a run cannot go on with these settings; a recipe may have changed since it began.
+
+    What the teacher's own prompts are called says enough: a clone in another folder has the same.
+    """
     stored = RunDir(run).config()
     resolved = (None, "auto")
     changed = [key for key, (_, new) in differences(stored, config).items() if new not in resolved]
+    if stored.prompts and config.prompts and Path(stored.prompts).name == Path(config.prompts).name:
+        changed = [key for key in changed if key != "prompts"]
     done = int(checkpoints(RunDir(run).checkpoints)[-1].stem.removeprefix("step-"))
     longer = done <= config.steps and (stored.max_minutes or 0) <= (config.max_minutes or math.inf)
     if set(changed) - {"max_minutes", "steps"} or not longer:

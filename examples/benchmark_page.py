@@ -137,14 +137,20 @@ def lever_table(cells: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def measure_of(cells: Sequence[dict[str, Any]]) -> str:
+    """What the curves show: FID, or of a guided teacher, which is far from real images itself, that to the teacher."""
+    scales = (cell.get("settings", {}).get("guidance_scale") for cell in cells)
+    return "fid_to_teacher" if any(scale not in (None, 1) for scale in scales) else "fid"
+
+
 def save_curves(cells: Sequence[dict[str, Any]], order: Sequence[str], folder: Path) -> None:
-    """FID against network calls, and against training time, both axes logarithmic."""
+    """What `measure_of` says against network calls, and against training time, both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = rows_of(cells, order)
+    rows, measure = rows_of(cells, order), measure_of(cells)
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
     of_teachers = (
         ("ddim", "teacher, DDIM", "k-o"),
@@ -152,35 +158,40 @@ def save_curves(cells: Sequence[dict[str, Any]], order: Sequence[str], folder: P
         ("dpmsolver", "teacher, DPM-Solver++", "k:s"),
     )
     for key, label, style in of_teachers:
-        line = sorted((c["nfe"], c["fid"]) for c in cells if c["cell"].startswith(f"teacher-{key}-"))
+        some = [c for c in cells if c["cell"].startswith(f"teacher-{key}-") and measure in c]
+        line = sorted((c["nfe"], c[measure]) for c in some)
         if line:
             axes.plot(*zip(*line, strict=True), style, label=label, markersize=4)
     for name in order:
         longest = max((r.minutes for r in rows if r.objective == name), default=0)
-        line = [(r.nfe, fmean(r.values("fid"))) for r in rows if (r.objective, r.minutes) == (name, longest)]
+        some = [r for r in rows if (r.objective, r.minutes) == (name, longest) and r.values(measure)]
+        line = [(r.nfe, fmean(r.values(measure))) for r in some]
         if line:
             axes.plot(*zip(*line, strict=True), "-*", label=f"{name}, {longest:g} min", markersize=10)
     calls = {r.nfe for r in rows} | {c["nfe"] for c in cells if c["cell"].startswith("teacher-")}
-    finish(axes, "network calls for an image", calls, folder / "nfe.png", figure)
+    finish(axes, "network calls for an image", COLUMNS[measure][0], calls, folder / "nfe.png", figure)
 
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
     for name in order:
-        line = [(r.minutes, fmean(r.values("fid"))) for r in rows if (r.objective, r.nfe) == (name, 1)]
+        some = [r for r in rows if (r.objective, r.nfe) == (name, 1) and r.values(measure)]
+        line = [(r.minutes, fmean(r.values(measure))) for r in some]
         if line:
             axes.plot(*zip(*line, strict=True), "-o", label=name)
     for cell in cells:
-        if cell["cell"] in ("teacher-ddim-10", "teacher-ddim-50", "teacher-heun-8", "teacher-heun-16"):
-            axes.axhline(cell["fid"], color="black", linestyle=":", linewidth=1)
-            axes.annotate(f"teacher, {cell['nfe']} calls", (1, cell["fid"]), xycoords=("axes fraction", "data"),
+        lines = ("teacher-ddim-10", "teacher-ddim-50", "teacher-heun-8", "teacher-heun-16", "teacher-heun-50")
+        if cell["cell"] in lines and measure in cell:
+            axes.axhline(cell[measure], color="black", linestyle=":", linewidth=1)
+            axes.annotate(f"teacher, {cell['nfe']} calls", (1, cell[measure]), xycoords=("axes fraction", "data"),
                           ha="right", va="bottom", fontsize=8)  # fmt: skip
-    finish(axes, "minutes of training", {r.minutes for r in rows}, folder / "time.png", figure)
+    at = {r.minutes for r in rows}
+    finish(axes, "minutes of training", COLUMNS[measure][0], at, folder / "time.png", figure)
 
 
-def finish(axes: Any, label: str, at: set[float], path: Path, figure: Any) -> None:
+def finish(axes: Any, label: str, measure: str, at: set[float], path: Path, figure: Any) -> None:
     """Scales, numbers on them as people write them (what was measured ``at`` below), labels, file."""
     from matplotlib.ticker import LogLocator
 
-    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="FID", xticks=sorted(at))
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel=measure, xticks=sorted(at))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")

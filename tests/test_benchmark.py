@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import benchmark
 import pytest
-from benchmark import Bench, lever_cells, student_cells, teacher_cells
-from benchmark_page import page, read_cells, trained_on
+from benchmark import Bench, lever_cells, refuse_other, student_cells, teacher_cells
+from benchmark_page import measure_of, page, read_cells, trained_on
 
 from bootcli import trainer
+from bootcli.config import DistillConfig
 from bootcli.pipelines.evaluate import evaluate
+from bootcli.store.rundir import RunDir
 
 SMALL = {
     "batch_size": 8,
@@ -106,3 +108,24 @@ def test_a_page_says_which_students_had_another_machine() -> None:
     assert trained_on([*cells, {"cell": "teacher-ddim-1", "device": "C"}]) == (
         "training on A, in bf16; kd-seed1-5min on B, in float32; "
     )
+
+
+@pytest.mark.parametrize(("scale", "measure"), [(1.0, "fid"), (3.0, "fid_to_teacher")])
+def test_curves_of_a_guided_teacher_are_of_the_distance_to_it(scale: float, measure: str) -> None:
+    cells: list[dict[str, object]] = [{"cell": "teacher-ddim-1"}, {"settings": {"guidance_scale": scale}}]
+    assert measure_of(cells) == measure
+
+
+@pytest.mark.parametrize(("prompts", "same"), [("elsewhere/prompts.txt", True), ("prompts/others.txt", False)])
+def test_a_run_goes_on_in_a_clone_elsewhere(tmp_path: Path, prompts: str, *, same: bool) -> None:
+    run = RunDir(tmp_path / "run")
+    config = DistillConfig(teacher="fashion-sd", prompts="here/prompts.txt")
+    run.create(config, keep=False)
+    run.checkpoints.mkdir()
+    (run.checkpoints / "step-00000001.safetensors").write_bytes(b"")
+    moved = dataclasses.replace(config, prompts=prompts)
+    if same:
+        refuse_other(run.path, moved)
+    else:
+        with pytest.raises(SystemExit, match="prompts"):
+            refuse_other(run.path, moved)
