@@ -144,6 +144,8 @@ class PathsConfig:
     """Teacher steps in a path."""
     solver: Solver = "multistep"
     """Teacher step; multistep takes one evaluation a step, midpoint and heun take two."""
+    step_power: PositiveFloat = 1.5
+    """Times fall as a line to this power, so that steps are shorter towards the data; 1: all of one length."""
     points: Positive = 1
     """Points of a path that are learned, the end among them: 1 is the end alone."""
     buffer: Positive = 16_384

@@ -13,7 +13,7 @@ nothing blows up where alpha_t = 0 or sigma_s = 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Literal, assert_never
 
@@ -27,6 +27,8 @@ from bootcli.maths.schedule import Coefficients, Schedule
 Solver = Literal["euler", "midpoint", "heun", "multistep"]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """f(x_t, t): x_t of shape (b, ...), t of shape (b,), returns x_0 of shape (b, ...)."""
+Known = tuple[Tensor, Tensor]
+"""A time (b,), and f there, (b, ...)."""
 NODES, WEIGHTS = ((torch.from_numpy(each) + shift) / 2 for each, shift in zip(leggauss(16), (1, 0), strict=True))
 """Gauss-Legendre on [0, 1], float64."""
 
@@ -51,20 +53,29 @@ def exact_step(y_t: Tensor, f: Tensor, r: Tensor) -> Tensor:
     return f + like(r, y_t) * (y_t - f)
 
 
-def mean_time(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
-    """The time at which an f that is linear in t has its mean over the step from t to s, shape (b,), float64.
+def mean_weights(schedule: Schedule, t: Tensor, s: Tensor, nodes: Sequence[Tensor]) -> Tensor:
+    """What the values of f at some times count in its mean over the step from t to s.
 
     With the inverse noise level ``u = alpha / sigma`` the Signal-ODE is ``d(u y) = f du``, so a step is exact with the
-    mean of f under du, and that time is ``(integral of tau du) / (u_s - u_t)``: half-way only for a small step. It is
-    taken by parts with 16 Gauss-Legendre nodes, so that the end of a path needs no care (sigma_s = 0: it is s).
+    mean of f under du; here that of the polynomial in t through the values. (DEIS, Zhang and Chen 2023, arXiv
+    2204.13902, takes polynomials in t of the predicted noise.) The moments of t are taken by parts with 16
+    Gauss-Legendre nodes, so that the end of a path needs no care: where sigma_s = 0 the mean is the value at s.
 
     Args:
         t, s: times, shape (b,), s < t.
+        nodes: k different times, each (b,), in or before the step.
+
+    Returns:
+        weights, shape (k, b), float64; their sum over k is 1.
     """
     at_s = schedule(s)
     r, inner = step_ratio(schedule(t), at_s), schedule(torch.lerp(t, s, NODES[:, None]))
-    mean_r = WEIGHTS @ step_ratio(inner, at_s)
-    return s + (s - t) * (r - mean_r) / (1 - r)
+    ratio = step_ratio(inner, at_s)
+    moments = [(1 - (j * WEIGHTS * NODES ** (j - 1)) @ ratio) / (1 - r) for j in range(1, len(nodes))]
+    places = (torch.stack([*nodes]) - t) / (s - t)
+    powers = torch.stack([places**j for j in range(len(nodes))])  # (power, node, b)
+    weights: Tensor = torch.linalg.solve(powers.permute(2, 0, 1), torch.stack([torch.ones_like(r), *moments], 1))
+    return weights.T
 
 
 def solve_step(
@@ -73,7 +84,7 @@ def solve_step(
     """One step of the Signal-ODE from t to s with the teacher's denoiser.
 
     ``euler`` (order 1, one evaluation) is DDIM. ``midpoint`` and ``heun`` (order 2, two evaluations) integrate exactly
-    the f that is linear in t through its values at t and half-way, or at t and s (`mean_time`); heun falls back to
+    the f that is linear in t through its values at t and half-way, or at t and s (`mean_weights`); heun falls back to
     euler where sigma_s = 0, as EDM's sampler does (Karras et al. 2022, algorithm 1).
 
     Args:
@@ -92,11 +103,12 @@ def solve_step(
         case "euler":
             pass
         case "midpoint" | "multistep":  # one step has no earlier ones to learn from
-            f = _mean(schedule, f, _half_way(denoiser, schedule, y_t, eps, f, t, s), t, (t + s) / 2, s)
+            half_way = _half_way(denoiser, schedule, y_t, eps, f, t, s)
+            f = _mean(schedule, t, s, [(t, f), half_way])
         case "heun":
             f_s = denoiser(from_signal(exact_step(y_t, f, r), eps, at_s), s)
             has_noise = like(at_s.sigma, y_t) > 0  # a selection: f_s may be NaN where it does not hold
-            f = torch.where(has_noise, _mean(schedule, f, f_s, t, s, s), f)
+            f = torch.where(has_noise, _mean(schedule, t, s, [(t, f), (s, f_s)]), f)
         case _:
             assert_never(solver)
     return exact_step(y_t, f, r)
@@ -104,18 +116,68 @@ def solve_step(
 
 def _half_way(
     denoiser: Denoiser, schedule: Schedule, y_t: Tensor, eps: Tensor, f: Tensor, t: Tensor, s: Tensor
-) -> Tensor:
+) -> Known:
     """f half-way from t to s, after an euler step with f at t."""
     middle = (t + s) / 2
     at_middle = schedule(middle)
     y_middle = exact_step(y_t, f, step_ratio(schedule(t), at_middle))
-    return denoiser(from_signal(y_middle, eps, at_middle), middle)
+    return middle, denoiser(from_signal(y_middle, eps, at_middle), middle)
 
 
-def _mean(schedule: Schedule, f: Tensor, f_other: Tensor, t: Tensor, other: Tensor, s: Tensor) -> Tensor:
-    """The mean over the step from t to s of f, linear in time through its values at t and at another time."""
-    share = (mean_time(schedule, t, s) - t) / (other - t)
-    return f + like(share, f) * (f_other - f)
+def _mean(schedule: Schedule, t: Tensor, s: Tensor, known: Sequence[Known]) -> Tensor:
+    """The mean over the step from t to s of the f that is polynomial in time through what is known of it."""
+    times, (f, *others) = zip(*known, strict=True)
+    mean: Tensor = f
+    for weight, other in zip(mean_weights(schedule, t, s, times)[1:], others, strict=True):
+        mean = mean + like(weight, f) * (other - f)  # differences: a constant f stays exactly that
+    return mean
+
+
+def follow(
+    denoiser: Denoiser, schedule: Schedule, y: Tensor, eps: Tensor, times: Sequence[Tensor], solver: Solver
+) -> Iterator[Tensor]:
+    """The signal at each of the ``times`` but the first, where it is ``y``.
+
+    ``multistep`` (order 3, one evaluation a step and one more) is UniPC of order 2 (Zhao et al. 2023, arXiv 2302.04867)
+    for this f: a step takes f to be linear through the starts of this step and of the one before; the evaluation at
+    its end, which the next step needs anyway, makes that a parabola, and the step is taken again. The first step is
+    midpoint's, and the last one, whose end is not evaluated, stays as it is.
+
+    Args:
+        denoiser: f(x_t, t).
+        y: the signal at ``times[0]``, shape (b, ...).
+        eps: the path's own noise, shape (b, ...).
+        times: falling, each of shape (b,).
+    """
+    if solver == "multistep":
+        yield from _multistep(denoiser, schedule, y, eps, times)
+        return
+    for t, s in pairwise(times):
+        y = solve_step(denoiser, schedule, y, eps, t, s, solver)
+        yield y
+
+
+def _multistep(
+    denoiser: Denoiser, schedule: Schedule, y: Tensor, eps: Tensor, times: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """See `follow`."""
+
+    def step(y: Tensor, t: Tensor, s: Tensor, known: Sequence[Known]) -> Tensor:
+        return exact_step(y, _mean(schedule, t, s, known), step_ratio(schedule(t), schedule(s)))
+
+    known: list[Known] = []
+    before, y_before = times[0], y
+    for t, s in pairwise(times):
+        f = denoiser(from_signal(y, eps, schedule(t)), t)
+        if known:
+            y = step(y_before, before, t, [(t, f), *known])
+            yield y
+            known = [(t, f), known[0]]
+        else:
+            known = [(t, f), _half_way(denoiser, schedule, y, eps, f, t, s)]
+        before, y_before = t, y
+        y = step(y, t, s, known)
+    yield y
 
 
 def solve(
@@ -128,26 +190,7 @@ def solve(
     solver: Solver,
     steps: int,
 ) -> Tensor:
-    """`solve_step` repeated: ``steps`` steps of equal length in t from t to s. Shapes as there.
-
-    ``multistep`` (order 2, one evaluation a step and one more) takes f to be linear through the starts of this step and
-    of the one before; its first step is midpoint's.
-    """
-    starts = [torch.lerp(t, s, i / steps) for i in range(steps + 1)]
-    if solver == "multistep":
-        return _multistep(denoiser, schedule, y_t, eps, starts)
-    for left, right in pairwise(starts):
-        y_t = solve_step(denoiser, schedule, y_t, eps, left, right, solver)
-    return y_t
-
-
-def _multistep(denoiser: Denoiser, schedule: Schedule, y: Tensor, eps: Tensor, times: Sequence[Tensor]) -> Tensor:
-    """Steps along ``times``; see `solve`."""
-    before: tuple[Tensor, Tensor] | None = None
-    for t, s in pairwise(times):
-        at_t = schedule(t)
-        f = denoiser(from_signal(y, eps, at_t), t)
-        other, f_other = before or ((t + s) / 2, _half_way(denoiser, schedule, y, eps, f, t, s))
-        y = exact_step(y, _mean(schedule, f, f_other, t, other, s), step_ratio(at_t, schedule(s)))
-        before = t, f
-    return y
+    """The end of `follow` after ``steps`` steps of equal length in t from t to s. Shapes as in `solve_step`."""
+    times = [torch.lerp(t, s, i / steps) for i in range(steps + 1)]
+    *_, y_s = follow(denoiser, schedule, y_t, eps, times, solver)
+    return y_s

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from bootcli.config import PathsConfig
 from bootcli.deck import Pool
 from bootcli.engine import Engine
-from bootcli.maths.signal_ode import solve
+from bootcli.maths.signal_ode import follow
 from bootcli.objectives.base import Objective, Terms, conditions, regression
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond, Conditions
@@ -68,8 +69,10 @@ class KD(Objective[KDDraw]):
         self.t_max = t_max
         self.pool = pool
         shape, points = teacher.teacher.spec.sample_shape, config.points
-        # Falling from noise to data; the start of the path, which costs one evaluation, is not among them.
-        self._times = torch.linspace(t_max, t_min, points + 1, dtype=torch.float64)
+        self._steps = math.ceil(config.teacher_steps / points)  # from a point to the next
+        falling = torch.linspace(1, 0, self._steps * points + 1, dtype=torch.float64) ** config.step_power
+        self._grid = t_min + (t_max - t_min) * falling
+        self._times = self._grid[self._steps :: self._steps]
         self._eps, self._points = torch.empty(0, *shape), torch.empty(0, points, *shape)
         self._rows = torch.empty(0, dtype=torch.long)
         self._next = 0
@@ -105,19 +108,15 @@ class KD(Objective[KDDraw]):
     def _follow(self, eps: Tensor, rows: Tensor, engine: Engine) -> Tensor:
         """The points of the teacher's paths from ``eps``, (b, points, c, h, w)."""
         eps, cond = eps.to(engine.device), self.pool.rows(rows).to(engine.device)
-        schedule, config = self.teacher.schedule, self.config
-        steps = math.ceil(config.teacher_steps / config.points)
 
         def denoiser(x: Tensor, at: Tensor) -> Tensor:
             return self.teacher.x0(x, at, cond)
 
-        points = []
+        times = [t.expand(len(eps)) for t in self._grid]
         with engine.autocast():
             y = self.teacher.start_of_path(eps, cond, self.t_max)
-            for t, s in self._times.unfold(0, 2, 1):
-                y = solve(denoiser, schedule, y, eps, t.expand(len(y)), s.expand(len(y)), config.solver, steps)
-                points.append(y)
-        return torch.stack(points, 1)
+            path = follow(denoiser, self.teacher.schedule, y, eps, times, self.config.solver)
+            return torch.stack([*islice(path, self._steps - 1, None, self._steps)], 1)
 
     def _store(self, eps: Tensor, rows: Tensor, points: Tensor) -> None:
         """Append while there is room; then the oldest paths make room."""
@@ -148,7 +147,7 @@ class KD(Objective[KDDraw]):
         path = torch.randint(len(self._eps), (batch_size,), generator=generator)
         first = torch.randint(self.config.points, (1,), generator=generator)
         point = (first + torch.arange(batch_size)) % self.config.points
-        return KDDraw(self._eps[path], self._rows[path], self._times[1 + point], self._points[path, point])
+        return KDDraw(self._eps[path], self._rows[path], self._times[point], self._points[path, point])
 
     def take(self, draw: KDDraw, rows: slice, device: torch.device) -> KDDraw:
         """The rows of a draw, with noise and points on a device."""

@@ -17,7 +17,7 @@ from bootcli.maths.signal_ode import (
     Solver,
     exact_step,
     from_signal,
-    mean_time,
+    mean_weights,
     solve,
     solve_step,
     step_ratio,
@@ -100,20 +100,20 @@ def test_sampler_yields_every_state_and_ends_at_x0() -> None:
     assert (states[-1] - 0.7).abs().max() < 1e-15
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("multistep", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("multistep", 3)])
 @every_schedule
 def test_order_of_convergence(schedule: Schedule, solver: Solver, order: int) -> None:
     """The slope of log error over log step is the order, on a stretch of the path where f is smooth."""
     teacher, eps, y = two_clusters(schedule), noise(8, 1, 2, 2), noise(8, 1, 2, 2, seed=1) / 2
-    counts = (16, 32, 64, 128)
+    counts = (32, 64, 128, 256)
 
     def end(steps: int, solver: Solver) -> Tensor:
         return path(teacher.denoise, schedule, y, eps, (0.7, 0.3), steps, solver)
 
-    reference = end(1024, "midpoint")
+    reference = end(1024, "multistep")
     errors = [(end(steps, solver) - reference).square().mean().sqrt() for steps in counts]
     slope = linregress([-torch.tensor(n).log2() for n in counts], [error.log2() for error in errors]).slope
-    assert abs(slope - order) < 0.12
+    assert abs(slope - order) < 0.2
 
 
 @pytest.mark.parametrize("solver", ["midpoint", "heun", "multistep"])
@@ -139,8 +139,8 @@ def test_an_f_that_is_linear_in_time_is_integrated_exactly(schedule: Schedule, s
 def test_all_weight_of_the_last_step_is_at_the_end_of_the_path(schedule: Schedule) -> None:
     t, s = torch.tensor([0.3, 1e-6]).double(), torch.tensor([0.0, 0.0]).double()
     if float(schedule(s).sigma[0]) == 0:
-        assert torch.equal(mean_time(schedule, t, s), s)
-    assert ((mean_time(schedule, t, s) - s) <= (t - s) / 10).all()
+        assert torch.equal(mean_weights(schedule, t, s, [t, s]), torch.tensor([[0.0, 0.0], [1.0, 1.0]]).double())
+    assert (mean_weights(schedule, t, s, [t, s])[1] >= 0.9).all()
 
 
 @pytest.mark.parametrize("solver", get_args(Solver))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bootcli.closed_form import GaussianMixtureTeacher, GaussianTeacher
 from bootcli.config import PathsConfig
@@ -42,11 +43,27 @@ def test_targets_are_points_of_the_exact_paths(points: int) -> None:
     for steps in (32, 64, 128):
         kd = renewed(objective(teacher_steps=steps, points=points), 1)
         batch = draw(kd)
-        assert set(batch.t.tolist()) == {0.8 * k / points for k in range(points)}
+        assert sorted(set(batch.t.tolist())) == pytest.approx([0.8 * (k / points) ** 1.5 for k in range(points)])
         errors.append(kd.loss(Exact(GaussianTeacher(MEAN, 0.5, DDPM), 0.8), batch, Cond()).residual.mean().sqrt())  # type: ignore[arg-type]
     assert errors[0] < 0.02
     assert errors[0] / errors[1] > 2.5
     assert errors[1] / errors[2] > 2.5
+
+
+@pytest.mark.parametrize(("power", "times"), [(1.0, [0.8, 0.6, 0.4, 0.2]), (2.0, [0.8, 0.45, 0.2, 0.05])])
+def test_steps_are_shorter_towards_the_data(power: float, times: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four steps ask four times, and at the start and half-way through the first step; points cost nothing more."""
+    view, asked = TeacherView(GaussianTeacher(MEAN, 0.5, DDPM)), []
+    denoise = view.denoise
+
+    def listening(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        asked.append(float(t[0]))
+        return denoise(x, t, cond)
+
+    monkeypatch.setattr(view, "denoise", listening)
+    kd = KD(PathsConfig(teacher_steps=4, points=2, step_power=power, reuse=1), 0.0, view, 0.0, 0.8, Cond())
+    kd.renew(torch.Generator(), 1, 1, 1, Engine("cpu", "no"), at_once=100)
+    assert asked == pytest.approx([0.8, times[0], (times[0] + times[1]) / 2, *times[1:]])
 
 
 def test_a_path_from_noise_alone_ends_where_the_flow_leads() -> None:
