@@ -83,6 +83,7 @@ def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) ->
     for row in rows_of(cells, order):
         updates = round(fmean(cell["updates"] for cell in row.cells))
         paced = " *" if any(cell.get("paced") for cell in row.cells) else ""
+        paced += " †" if any(has_old_paths(cell) for cell in row.cells) else ""
         numbers = [row.text(key, COLUMNS[key][1]) for key in columns]
         lines.append(
             f"| {row.objective} | {row.minutes:g} min{paced} | {updates:,} | {row.nfe} | {' | '.join(numbers)} | "
@@ -96,6 +97,12 @@ def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) ->
         numbers = [f"{cell[key]:.{COLUMNS[key][1]}f}" if key in cell else "" for key in columns]
         lines.append(f"| {solvers[cell['cell'].split('-')[1]]} | {cell['nfe']} | {' | '.join(numbers)} |")
     return "\n".join([*lines, *lever_table(cells), ""])
+
+
+def has_old_paths(cell: dict[str, Any]) -> bool:
+    """Whether it learned from teacher paths of equal steps, taken once: before `kd.step_power`."""
+    settings = cell["settings"]
+    return settings["objective"] == "kd" and "kd.step_power" not in settings
 
 
 def trained_on(cells: Sequence[dict[str, Any]]) -> str:
@@ -212,7 +219,7 @@ def write_page(folder: Path, order: Sequence[str]) -> None:
         "that the teacher draws in 50 steps: with guidance those are far from real images, and a student that is near",
         "them is too. Minutes are of training alone, on the machine named; ± is the standard deviation over seeds;",
         "later ones make as many updates as the first did in that time. At a * minutes are updates, as many a minute",
-        "as the same run made before.", "",
+        "as the same run made before. At a † the teacher's paths were those before `kd.step_power`.", "",
     ]  # fmt: skip
     for teacher in sorted(path for path in folder.iterdir() if path.is_dir()):
         cells = read_cells(teacher)

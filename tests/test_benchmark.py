@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import benchmark
 import pytest
 from benchmark import Bench, lever_cells, refuse_other, student_cells, teacher_cells
-from benchmark_page import measure_of, page, read_cells, trained_on
+from benchmark_page import has_old_paths, measure_of, page, read_cells, trained_on
 
 from bootcli import trainer
 from bootcli.config import DistillConfig
@@ -129,3 +129,8 @@ def test_a_run_goes_on_in_a_clone_elsewhere(tmp_path: Path, prompts: str, *, sam
     else:
         with pytest.raises(SystemExit, match="prompts"):
             refuse_other(run.path, moved)
+
+
+def test_cells_of_before_say_that_their_paths_were_others() -> None:
+    new, old, boot = ({"objective": "kd", "kd.step_power": 1.5}, {"objective": "kd"}, {"objective": "boot"})
+    assert [has_old_paths({"settings": settings}) for settings in (new, old, boot)] == [False, True, False]
