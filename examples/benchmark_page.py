@@ -82,11 +82,11 @@ def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) ->
     ]  # fmt: skip
     for row in rows_of(cells, order):
         updates = round(fmean(cell["updates"] for cell in row.cells))
-        paced = " *" if any(cell.get("paced") for cell in row.cells) else ""
-        paced += " †" if any(has_old_paths(cell) for cell in row.cells) else ""
+        marks = " *" if any(cell.get("paced") for cell in row.cells) else ""
+        marks += " †" if any(has_old_paths(cell) for cell in row.cells) else ""
         numbers = [row.text(key, COLUMNS[key][1]) for key in columns]
         lines.append(
-            f"| {row.objective} | {row.minutes:g} min{paced} | {updates:,} | {row.nfe} | {' | '.join(numbers)} | "
+            f"| {row.objective} | {row.minutes:g} min{marks} | {updates:,} | {row.nfe} | {' | '.join(numbers)} | "
             f"{len(row.values('fid'))} |"
         )
     columns = columns_of(teachers)
