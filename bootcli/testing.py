@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from torch import Tensor
 
 from bootcli.closed_form import GaussianMixtureTeacher, GaussianTeacher
 from bootcli.errors import UsageError
 from bootcli.maths.prediction import PredictionType
 from bootcli.teachers.family import TeacherFamily
-from bootcli.teachers.protocol import Conditioning, Exporter, Head, LoraExporter, Teacher
+from bootcli.teachers.protocol import Conditioning, Exporter, Head, LoraExporter, Sampler, Teacher
 from bootcli.testing_network import NETWORK_CLAUSES, Clause, ConformanceError, Probe, finite, need
 
 __all__ = ["ConformanceError", "GaussianMixtureTeacher", "GaussianTeacher", "check_teacher"]
@@ -57,6 +58,7 @@ def spec_is_sane(probe: Probe) -> None:
     shape = spec.sample_shape
     need(len(shape) == 3 and all(type(n) is int and n > 0 for n in shape), f"sample_shape {shape} is not (c, h, w).")
     need(spec.prediction in get_args(PredictionType), f"{spec.prediction!r} is not a prediction type.")
+    need(spec.sampler in get_args(Sampler), f"{spec.sampler!r} is not a sampler.")
     need(spec.conditioning in get_args(Conditioning), f"{spec.conditioning!r} is not a kind of conditioning.")
     fits = (spec.num_classes > 0) == (spec.conditioning == "class")
     need(fits, f"num_classes is {spec.num_classes} with conditioning {spec.conditioning!r}.")
@@ -105,8 +107,7 @@ def conditions_are_checked(probe: Probe) -> None:
 
 def decode_gives_images(probe: Probe) -> None:
     """decode gives (b, 1 or 3, H, W) in [-1, 1], up to overshoot."""
-    with torch.no_grad():
-        images = probe.teacher.decode(probe.x_t.clamp(-1, 1))
+    images = decoded(probe)
     fits = images.ndim == 4 and len(images) == 2 and images.shape[1] in (1, 3)
     need(fits, f"decode gives {tuple(images.shape)}, not (b, 1 or 3, H, W).")
     need(images.is_floating_point() and finite(images), "decode is not finite floats.")
@@ -114,10 +115,18 @@ def decode_gives_images(probe: Probe) -> None:
     need(-10 < low < 0 < high < 10, f"decode gives values from {low:g} to {high:g}: are they scaled to [-1, 1]?")
 
 
+@torch.no_grad()
+def decoded(probe: Probe) -> Tensor:
+    """Images of the probe's samples."""
+    return probe.teacher.decode(probe.x_t.clamp(-1, 1))
+
+
 def what_is_let_go_comes_back(probe: Probe) -> None:
     """After release, conditions and images are what they were; a fingerprint is the same text twice."""
     teacher = probe.teacher
+    images = decoded(probe)
     teacher.release()
+    need(probe.same(decoded(probe), images), "release changes what decode gives.")
     again = Probe(teacher, probe.family, probe.device).cond
     kept = all(probe.same(again.tensors[name].float(), tensor.float()) for name, tensor in probe.cond.tensors.items())
     need(kept, "release changes the conditions.")
@@ -163,8 +172,7 @@ def feature_space_fits(probe: Probe) -> None:
     if space is None:
         return
     with torch.no_grad():
-        images = (probe.teacher.decode(probe.x_t.clamp(-1, 1)).clamp(-1, 1) + 1) * 127.5
-        features = space.network.to(probe.device)(images)
+        features = space.network.to(probe.device)((decoded(probe).clamp(-1, 1) + 1) * 127.5)
     need(features.ndim == 2 and len(features) == 2 and finite(features), "the features are not finite, (b, d).")
     d = features.shape[1]
     need(space.mean.shape == (d,) and space.cov.shape == (d, d), f"mean and cov do not fit {d} features.")

@@ -132,6 +132,17 @@ def each_row_has_its_time(probe: Probe) -> None:
         need(probe.same(both[rows], probe.predict(t, rows=rows)), "a row is not predicted at its own t.")
 
 
+def condition_moves_the_prediction(probe: Probe) -> None:
+    """The samples are predicted otherwise under each other's conditions, where there are several."""
+    spec = probe.teacher.spec
+    if spec.conditioning == "none" or spec.num_classes == 1:
+        return
+    t = torch.full((2,), 0.5, dtype=torch.float64)
+    with torch.no_grad():
+        swapped = probe.teacher.predict(probe.teacher.net, probe.x_t, t, probe.cond.rows(torch.tensor([1, 0])))
+    need(not torch.equal(swapped, probe.predict(0.5)), "the prediction does not depend on the condition.")
+
+
 def time_is_continuous(probe: Probe) -> None:
     """A quarter of a table's step changes the prediction: t is neither truncated nor rounded."""
     schedule = probe.teacher.spec.schedule
@@ -267,6 +278,7 @@ NETWORK_CLAUSES: tuple[Clause, ...] = (
     inputs_are_left_alone,
     rows_are_independent,
     each_row_has_its_time,
+    condition_moves_the_prediction,
     time_is_continuous,
     predict_uses_the_given_net,
     x0_is_finite,

@@ -121,6 +121,10 @@ def spoil_label(right: Teacher, net: nn.Module, x_t: Tensor, t: Tensor, cond: Co
     return prediction
 
 
+def one_label(right: Teacher, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    return right.predict(net, x_t, t, Cond({"label": torch.zeros_like(cond.tensors["label"])}))
+
+
 KEPT = mixture()
 
 
@@ -179,6 +183,18 @@ class OneRow(GaussianMixtureTeacher):
 class Confusion(GaussianMixtureTeacher):
     def enable_gradient_checkpointing(self, net: nn.Module) -> None:
         net.get_parameter("means").data.add_(1)
+
+
+class Forgetful(GaussianMixtureTeacher):
+    """Its images are half as bright once it was released."""
+
+    brightness = 1.0
+
+    def release(self) -> None:
+        self.brightness = 0.5
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.brightness * z
 
 
 class Loud(GuidedTeacher):
@@ -270,6 +286,7 @@ CASES: Mapping[str, Case] = {
     "unknown conditioning": Case("spec_is_sane", lambda: respec(conditioning="audio")),
     "classes without class": Case("spec_is_sane", lambda: respec(num_classes=10)),
     "class without classes": Case("spec_is_sane", lambda: respec(conditioning="class")),
+    "unknown sampler": Case("spec_is_sane", lambda: respec(sampler="ancestral")),
     "unknown head": Case("spec_is_sane", lambda: answering("head", "raw")),
     "eps of pure noise": Case("schedule_runs_from_data_to_noise", lambda: respec(schedule=LinearPath())),
     "time runs backwards": Case(
@@ -288,6 +305,7 @@ CASES: Mapping[str, Case] = {
     "batch norm": Case("rows_are_independent", lambda: predicting(changed(x=lambda x: x - x.mean(0)))),
     "first t for all": Case("each_row_has_its_time", lambda: predicting(changed(at=lambda t: t[:1].expand(len(t))))),
     "mean t for all": Case("each_row_has_its_time", lambda: predicting(changed(at=lambda t: t.mean().expand(len(t))))),
+    "unread label": Case("condition_moves_the_prediction", lambda: predicting(one_label, conditioning="class")),
     "truncated t": Case("time_is_continuous", lambda: predicting(changed(at=lambda t: (t * 1000).floor() / 1000))),
     "rounded t": Case("time_is_continuous", lambda: predicting(changed(at=lambda t: (t * 1000).round() / 1000))),
     "another net": Case("predict_uses_the_given_net", lambda: predicting(own_net)),
@@ -316,6 +334,7 @@ CASES: Mapping[str, Case] = {
     "bytes": Case("decode_gives_images", lambda: edited(lambda t: setattr(t, "decode", lambda z: z * 255))),
     "zero to one": Case("decode_gives_images", lambda: edited(lambda t: setattr(t, "decode", lambda z: (z + 1) / 2))),
     "two channels": Case("decode_gives_images", lambda: answering("decode", torch.randn(2, 2, 4, 4))),
+    "other images afterwards": Case("what_is_let_go_comes_back", lambda: mixture(Forgetful)),
     "fingerprint is a number": Case("what_is_let_go_comes_back", lambda: answering("fingerprint", 3)),
     "unknown setting": Case("recipe_is_valid", lambda: answering("recipe", {"boot.gamma": 1})),
     "bad setting": Case("recipe_is_valid", lambda: answering("recipe", {"boot.delta": "large"})),

@@ -18,12 +18,13 @@ def guide(conditional: Tensor, unconditional: Tensor, guidance_scale: float | Te
             sample: a large w otherwise makes samples too bright.
 
     Returns:
-        Shape (b, ...).
+        Shape (b, ...), float32.
     """
+    conditional, unconditional = conditional.float(), unconditional.float()  # whatever the network computes in
     if isinstance(guidance_scale, Tensor):
-        guidance_scale = like(guidance_scale, conditional.float())  # in full, whatever the network computes in
+        guidance_scale = like(guidance_scale, conditional)
     guided = unconditional + guidance_scale * (conditional - unconditional)
     if rescale == 0:
         return guided
-    spread, own = (prediction.float().flatten(1).std(1) for prediction in (conditional, guided))
+    spread, own = (prediction.flatten(1).std(1) for prediction in (conditional, guided))
     return guided * like(rescale * spread / own + (1 - rescale), guided)

@@ -85,8 +85,7 @@ class CosineVP(Schedule):
 
     def __call__(self, t: Tensor) -> Coefficients:
         """Coefficients at times ``t``; see `Schedule`."""
-        angle = t.double().cpu() * (math.pi / 2)
-        return Coefficients(torch.cos(angle), torch.sin(angle))
+        return _on_circle(t.double().cpu() * (math.pi / 2))
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,7 @@ class DiscreteVP(Schedule):
         position = (t.double().cpu() * self.num_timesteps).clamp(0, self.num_timesteps)
         left = position.floor().clamp(max=self.num_timesteps - 1)
         index = left.long()
-        angle = torch.lerp(self._angles[index], self._angles[index + 1], position - left)
-        return Coefficients(torch.cos(angle), torch.sin(angle))
+        return _on_circle(torch.lerp(self._angles[index], self._angles[index + 1], position - left))
 
     def timestep(self, t: Tensor) -> Tensor:
         """The native timestep of each t as a float tensor in [0, N - 1]: ``t * N - 1``."""
@@ -174,6 +172,11 @@ class VarianceExploding(Schedule):
         if self.log:
             levels = (self._power(levels) / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
         return torch.cat([levels.clamp(1e-12, 1), torch.zeros(1, dtype=torch.float64)])
+
+
+def _on_circle(angle: Tensor) -> Coefficients:
+    """Cosine and sine; at a right angle alpha is 0, which a rounded pi / 2 would leave at 6e-17."""
+    return Coefficients(torch.cos(angle).masked_fill(angle >= math.pi / 2, 0.0), torch.sin(angle))
 
 
 def vp_table(betas: Tensor) -> DiscreteVP:

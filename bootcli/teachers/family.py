@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,3 +58,15 @@ class TeacherFamily:
     hub_weights: tuple[tuple[str, ...], ...] = ()
     hub_files: tuple[str, ...] = ()
     complete: Callable[[Path], bool] | None = None
+
+
+def readers_of(path: Path, families: Sequence[TeacherFamily]) -> tuple[list[TeacherFamily], list[str]]:
+    """The families that read ``path``, and a line on each that raised instead of an answer, which are none of them."""
+    readers, broken = [], []
+    for family in families:
+        try:
+            if family.matches(path):
+                readers.append(family)
+        except Exception as error:  # whatever a third party's code does: it stands in nobody's way
+            broken.append(f"(not tried: {family.name}, {type(error).__name__}: {error})")
+    return readers, broken

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bootcli.errors import BootError
-from bootcli.teachers.family import TeacherFamily
+from bootcli.teachers.family import TeacherFamily, readers_of
 
 CARD = ("*.json", "README.md")
 """Small files that show which family a repository belongs to; fetched first."""
@@ -24,13 +24,13 @@ def fetch(hub_id: str, families: Sequence[TeacherFamily]) -> tuple[TeacherFamily
     Raises `BootError` without network, for a missing or gated repository, and for one that no family reads.
     """
     folder = _download(hub_id, CARD)
-    readers = families if len(families) == 1 else [family for family in families if family.matches(folder)]
+    readers, broken = (list(families), []) if len(families) == 1 else readers_of(folder, families)
     if len(readers) != 1:
         accepted = [f"{family.name}: {line}" for family in families for line in family.accepts]
         several = f"Say which family: {' or '.join(f'{family.name}:{hub_id}' for family in readers)}"
         raise BootError(
             f"{'No' if not readers else 'More than one'} installed teacher family reads {hub_id}.",
-            several if readers else "\n".join(["Accepted:", *accepted]),
+            several if readers else "\n".join(["Accepted:", *accepted, *broken]),
         )
     family = readers[0]
     for weights in family.hub_weights or ((),):

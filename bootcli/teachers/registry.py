@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from bootcli.errors import BootError, UsageError
 from bootcli.paths import expanded
-from bootcli.teachers.family import Alias, TeacherFamily
+from bootcli.teachers.family import Alias, TeacherFamily, readers_of
 
 if TYPE_CHECKING:
     from bootcli.teachers.protocol import Teacher
@@ -215,14 +215,14 @@ def _hub(family: TeacherFamily | None, hub_id: str) -> Resolved:
 def _reader(path: Path, families: Sequence[Installed]) -> TeacherFamily:
     """The one family that reads ``path``."""
     good = _good(families)
-    readers = [family for family in good if family.matches(path)]
+    readers, broken = readers_of(path, good)
     if len(readers) == 1:
         return readers[0]
     if readers:
         ways = " or ".join(f"{family.name}:{path}" for family in readers)
         raise UsageError(f"Several families read {path}.", f"Say which: {ways}")
     accepted = [f"{family.name}: {line}" for family in good for line in family.accepts]
-    broken = [f"(not tried: {one.name}, {one.error})" for one in families if one.error]
+    broken += [f"(not tried: {one.name}, {one.error})" for one in families if one.error]
     raise BootError(f"No installed teacher family reads {path}.", "\n".join(["Accepted:", *accepted, *broken]))
 
 

@@ -154,7 +154,7 @@ class _Machine:
                 case "DUP":
                     stack.append(stack[-1])
                 case "PUT" | "BINPUT" | "LONG_BINPUT":
-                    self.memo[argument] = self._top()
+                    self.memo[as_key(argument)] = self._top()
                 case "MEMOIZE":
                     self.memo[len(self.memo)] = self._top()
                 case "GET" | "BINGET" | "LONG_BINGET":

@@ -80,6 +80,19 @@ def test_two_families_read_one_folder(add: Callable[..., None], tmp_path: Path) 
     assert found.family.name == "two"
 
 
+def test_a_family_that_fails_at_every_path(
+    plugin: Plugin, family: Family, tiny_ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = family("failing").replace('(path / "failing.txt").exists()', "1 / 0")
+    monkeypatch.syspath_prepend(str(plugin("plugin-failing", "failing", source)))
+    assert registry.resolve(str(tiny_ddpm)).family is registry.family_named("ddpm")
+    with pytest.raises(BootError) as error:
+        registry.resolve(str(tmp_path))
+    assert "(not tried: failing, ZeroDivisionError: division by zero)" in error.value.hint
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tiny_ddpm, tmp_path / "cache"))
+    assert registry.load("someone/something").family is registry.family_named("ddpm")
+
+
 def test_two_families_have_one_alias(add: Callable[..., None]) -> None:
     add("plugin-one", "one", "twin", "single")
     add("plugin-two", "two", "twin")

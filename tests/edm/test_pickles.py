@@ -373,6 +373,8 @@ def test_keys_chosen_to_collide_are_refused() -> None:
     collide = b"".join(b"\x8a\x09" + (k * (2**61 - 1)).to_bytes(9, "little") + b"N" for k in range(1, 9))
     with pytest.raises(Refused, match="of type int"):
         read(b"\x80\x04}(" + collide + b"u.")
+    with pytest.raises(Refused, match="of type int"):  # nor places in the memo
+        read(b"Np%d\n." % 2**61)
 
 
 def again(count: int) -> bytes:

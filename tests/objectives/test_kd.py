@@ -11,7 +11,7 @@ from torch import Tensor
 from bootcli.closed_form import GaussianMixtureTeacher, GaussianTeacher
 from bootcli.config import PathsConfig
 from bootcli.engine import Engine
-from bootcli.maths.schedule import CosineVP, vp_table
+from bootcli.maths.schedule import CosineVP, DiscreteVP, vp_table
 from bootcli.objectives.kd import FIRST_FILL, KD, KDDraw
 from bootcli.sampler import teacher_endpoint
 from bootcli.teachers.protocol import Cond
@@ -83,6 +83,16 @@ def test_a_path_from_noise_alone_ends_where_the_flow_leads() -> None:
         again = teacher_endpoint(view, batch.eps, Cond(), 1.0, 1000)
         torch.testing.assert_close(again, expected, rtol=0, atol=1e-2)
     assert float((ends["estimate"] - ends["noise"]).mean()) == pytest.approx(alpha * mean * std, rel=0.1)
+
+
+def test_where_no_signal_is_left_both_ways_to_begin_are_one() -> None:
+    """A table of zero terminal SNR, whose last angle is pi / 2 as computers have it."""
+    zero = DiscreteVP((0.9, 0.5, 0.1, 0.0))
+    teacher = GaussianTeacher(torch.full((1, 2, 2), 2.0), 0.5, zero, "v")
+    eps = torch.randn(3, 1, 2, 2)
+    for start in ("noise", "estimate"):
+        y = TeacherView(teacher, path_start=start).start_of_path(eps, Cond(), 1.0)
+        torch.testing.assert_close(y, torch.full_like(y, 2.0))
 
 
 @pytest.mark.parametrize(("power", "expected"), [(0.0, 0.25), (0.5, 0.5), (1.0, 1.0)])
