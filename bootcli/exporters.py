@@ -96,7 +96,7 @@ def _of_lora(exporter: LoraExporter) -> Format:
         exporter.write(artifact.student.teacher, artifact.lora, folder)
 
     def run(folder: Path, inputs: Tensors) -> Tensors:
-        return run_script(exporter.check, folder, inputs, str(exporter.base))
+        return run_script(exporter.check, folder, inputs, *exporter.base)
 
     return Format(write, run, "loaded onto the teacher and run in a fresh process without bootcli")
 

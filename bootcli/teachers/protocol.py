@@ -172,13 +172,14 @@ class LoraExporter:
 
     Args:
         write: (teacher, what the student learned, empty folder) -> files.
-        check: as `Exporter.check`, with the teacher as another argument: ``python SCRIPT FOLDER INPUTS OUTPUTS BASE``.
-        base: where that lies.
+        check: as `Exporter.check`, with the teacher behind the other arguments: ``python SCRIPT FOLDER INPUTS OUTPUTS
+            BASE``.
+        base: where that lies; and whatever else the script has to know of it, in words of their own.
     """
 
     write: Callable[[Teacher, LoraWeights, Path], None]
     check: Path
-    base: Path
+    base: tuple[str, ...]
 
 
 class Teacher(ABC):

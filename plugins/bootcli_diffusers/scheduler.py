@@ -19,10 +19,13 @@ _CLASSES = frozenset(
     for name in (
         *("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "PNDM", "LMSDiscrete", "UniPCMultistep", "DEISMultistep"),
         *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
-        *("DPMSolverMultistep", "DPMSolverSinglestep"),
+        *("DPMSolverMultistep", "DPMSolverSinglestep", "SASolver"),
     )
 )
+_OF_STUDENTS = frozenset({"LCMScheduler", "TCDScheduler"})
 _PREDICTIONS: dict[str, PredictionType] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+_ELSEWHERE: dict[str, tuple[object, ...]] = {"timestep_type": ("continuous",), "use_flow_sigmas": (True,)}
+"""Options under which the network of one of these sees other noise or other times."""
 _DDIM_BETAS = frozenset({"linear", "scaled_linear", "squaredcos_cap_v2"})
 
 
@@ -79,15 +82,23 @@ def read_process(config: Mapping[str, Any]) -> Process:
     for another class, unreadable values or an impossible combination.
     """
     name = str(config.get("_class_name", "DDPMScheduler"))
-    if name not in _CLASSES:
+    if name in _OF_STUDENTS:
         raise BootError(
-            f"The scheduler {name} is not one of DDPM's forward process.",
-            f"Those that are: {', '.join(sorted(_CLASSES))}.",
+            f"The scheduler {name} is that of a model which was distilled to few steps already.",
+            "Distil the model that it was made from.",
+        )
+    elsewhere = next((f"{key}={config[key]}" for key, values in _ELSEWHERE.items() if config.get(key) in values), "")
+    if name not in _CLASSES or elsewhere:
+        raise BootError(
+            f"The scheduler {name}{' with ' if elsewhere else ''}{elsewhere} is none whose forward process is read.",
+            f"Those that are, in timesteps of DDPM: {', '.join(sorted(_CLASSES))}.",
         )
     kind = getattr(diffusers, name)
     try:
-        # The named class fills in its own defaults: Heun's betas, for one, are not DDIM's.
-        own = kind(**init_arguments(kind, config))
+        # The named class fills in its own defaults (Heun's betas, for one, are not DDIM's), but is told of the forward
+        # process alone: how it samples does not matter, and may be an option of another version.
+        wanted = inspect.signature(DDIMScheduler).parameters
+        own = kind(**{key: value for key, value in init_arguments(kind, config).items() if key in wanted})
         return process_of(_as_ddim({**config, **own.config}, own.betas))
     except BootError:
         raise

@@ -22,6 +22,8 @@ HEADER = "bootcli_edm"
 """Key of the JSON in the metadata of a .safetensors file."""
 _MARK = b"torch_utils.persistence"
 _FIRST = 2**16
+_STUDENTS = ("cd_", "ct_")
+"""What the names of consistency models begin with, whose networks look like those of their teachers."""
 NON_COMMERCIAL = "cc-by-nc-sa-4.0"
 
 
@@ -57,7 +59,6 @@ def _is_network(file: Path) -> bool:
                 with file.open("rb") as stream:
                     return _MARK in stream.read(_FIRST)
             case ".pt" | ".pth":
-                # cd_*.pt and ct_*.pt of the same authors have the same names in them, and are students already.
                 return file.name.startswith("edm") and names_a_unet(file)
             case ".safetensors":
                 return HEADER in _metadata(file)
@@ -111,6 +112,10 @@ def _read_archive(file: Path) -> Checkpoint:
     from bootcli_edm.architecture import Architecture
     from bootcli_edm.consistency import read
 
+    if file.name.startswith(_STUDENTS):
+        raise BootError(
+            f"{file} is a consistency model, by its name: a student already.", "Distil the edm_ file it was made from."
+        )
     stored = read(file)
     facts = {"came as": "archive of consistency_models"}
     return Checkpoint(Architecture(stored.class_name, stored.arguments), stored.tensors, facts)

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -20,11 +27,14 @@ PARTS = {
 
 
 @torch.no_grad()
-def main(folder: str, inputs: str, outputs: str, base: str) -> None:
-    """One step from given noise, part by part, and of the pipeline as users call it."""
+def main(folder: str, inputs: str, outputs: str, base: str, config: str = "") -> None:
+    """One step from given noise, part by part, and of the pipeline as users call it.
+
+    ``base`` is the teacher's folder, or its single file, of which ``config`` is a folder of configurations.
+    """
     given = load_file(inputs)
     noise, text, pooled = given["noise"], given["text"], given.get("pooled")
-    pipeline = _pipeline(Path(base), xl=pooled is not None)
+    pipeline = _of_file(base, config) if config else _of_folder(Path(base), xl=pooled is not None)
     pipeline.load_lora_weights(folder)
     pipeline.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
@@ -37,7 +47,16 @@ def main(folder: str, inputs: str, outputs: str, base: str) -> None:
     save_file({"sample": latents, "images": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() * 2 - 1}, outputs)
 
 
-def _pipeline(base: Path, *, xl: bool) -> Any:
+def _of_file(base: str, config: str) -> Any:
+    """The pipeline of a single file, whose prompts are embedded already: diffusers would fetch the tokenizer."""
+    kind = StableDiffusionXLPipeline if Path(config).name == "sdxl" else StableDiffusionPipeline
+    words = [f"{part}{place}" for part in ("tokenizer", "text_encoder") for place in ("", "_2")]
+    known = {name: None for name in words if (Path(config) / name.replace("tokenizer", "text_encoder")).is_dir()}
+    how: dict[str, Any] = {"add_watermarker": False} if kind is StableDiffusionXLPipeline else {"safety_checker": None}
+    return kind.from_single_file(base, config=config, local_files_only=True, torch_dtype=torch.float32, **known, **how)
+
+
+def _of_folder(base: Path, *, xl: bool) -> Any:
     """The teacher's pipeline, of the parts and the files that bootcli reads: a folder from the hub has no others."""
     how: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
     if xl:  # some installations write a watermark: it would be a difference

@@ -5,12 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCardData
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from bootcli.plugin import BootError, Head, LoraWeights, Teacher
+from bootcli_sd.layout import variant_of
 from bootcli_sd.teacher import GuidanceInput, SDTeacher
+
+LORA = "pytorch_lora_weights.safetensors"
+"""Where diffusers looks for a LoRA in a folder."""
+_KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 _CARD = """\
 ---
@@ -43,11 +50,13 @@ _LORA_CARD = """\
 This LoRA of rank {rank} makes {teacher} draw an image from noise and a prompt in **one** call of its network. It was
 distilled with bootcli, without any training images. Guidance is part of it: leave the guidance scale at 1.
 
+Its layers have the names that ComfyUI and AUTOMATIC1111 know, too: there, sample in one step at a CFG scale of 1.
+
 ```python
 import torch
-from diffusers import {scheduler}, DiffusionPipeline
+from diffusers import {scheduler}, {pipeline}
 
-pipeline = DiffusionPipeline.from_pretrained("{source}")
+pipeline = {pipeline}.{base}
 pipeline.load_lora_weights("path/to/this/folder")
 pipeline.scheduler = {scheduler}.from_pretrained("path/to/this/folder", subfolder="scheduler")
 prompt, generator = "a red fox in snow", torch.manual_seed(0)
@@ -89,23 +98,41 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
 
 
 def write_lora(teacher: Teacher, lora: LoraWeights, folder: Path) -> None:
-    """Write the LoRA as diffusers names it, the scheduler of its one step and a card; see `LoraExporter.write`."""
+    """Write the LoRA, the scheduler of its one step and a card; see `LoraExporter.write`."""
     if not isinstance(teacher, SDTeacher):
         raise BootError("Only a LoRA on a Stable Diffusion teacher can be written for diffusers.")
-    if teacher.kind:
-        raise BootError(
-            f"{teacher.home} is a single file, onto which diffusers cannot load a LoRA without the network.",
-            "Export with --format diffusers, or distil from the folder that the file was made from.",
-        )
-    pipeline = StableDiffusionXLPipeline if len(teacher.text.pairs) > 1 else StableDiffusionPipeline
-    # In peft's names: diffusers' own older ones exist for attention alone, and its loader passes over a mixture.
-    pipeline.save_lora_weights(folder, dict(lora.tensors), safe_serialization=True)
+    save_file(common_names(lora), folder / LORA, {"format": "pt"})
     scheduler = teacher.process.one_step(predicts_sample=False)  # a LoRA keeps its teacher's prediction type
     scheduler.save_pretrained(folder / "scheduler")
     facts = _card(teacher, "lora") | {"rank": lora.rank, "scheduler": type(scheduler).__name__}
     facts["size"] = _size(teacher)  # the teacher that it is loaded onto may have another of its own
+    facts |= _base(teacher)
+    (folder / "README.md").write_text(_LORA_CARD.format(**facts), encoding="utf-8")
+
+
+def common_names(lora: LoraWeights) -> dict[str, Tensor]:
+    """The tensors by the names of kohya's scripts, which every program reads that reads LoRAs: "lora_unet_", the
+    module with "_" for each ".", and "lora_down" and "lora_up" where peft has A and B.
+
+    ComfyUI does not know peft's names of attention layers, and goes on without them.
+    """
+    tensors = {}
+    for name, tensor in lora.tensors.items():
+        module, part, weight = name.rsplit(".", 2)
+        layer = f"lora_unet_{module.replace('.', '_')}"
+        tensors[f"{layer}.{_KOHYA[part]}.{weight}"] = tensor.contiguous()
+        tensors[f"{layer}.alpha"] = torch.tensor(float(lora.rank))
+    return tensors
+
+
+def _base(teacher: SDTeacher) -> dict[str, str]:
+    """How the card loads the teacher."""
+    if teacher.kind:
+        kind = StableDiffusionXLPipeline if len(teacher.text.pairs) > 1 else StableDiffusionPipeline
+        return {"pipeline": kind.__name__, "base": f'from_single_file("path/to/{teacher.home.name}")'}
+    halves = ', variant="fp16"' if any(variant_of(part) for part in teacher.home.iterdir() if part.is_dir()) else ""
     source = teacher.describe().get("source", "path/to/the/teacher")
-    (folder / "README.md").write_text(_LORA_CARD.format(**facts, source=source), encoding="utf-8")
+    return {"pipeline": "DiffusionPipeline", "base": f'from_pretrained("{source}"{halves})'}
 
 
 def _card(teacher: SDTeacher, *tags: str) -> dict[str, Any]:

@@ -20,6 +20,9 @@ _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _ATTENTION = f"{_UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 _XL = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
 _FIRST = f"{_UNET}input_blocks.0.0.weight"
+_TELLTALE = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_SPREAD_OF_V = 0.09
+"""Standard deviation of that bias above which a Stable Diffusion 2 predicts v; the border that ComfyUI goes by."""
 WIDTHS = {"sd1": 768, "sd2": 1024}
 """Of the text that the network attends to."""
 _PADS = {"sd1": ("<|endoftext|>",), "sd2-base": ("!",), "sd2": ("!",), "sdxl": ("<|endoftext|>", "!")}
@@ -103,12 +106,12 @@ def read_single_file(path: Path, kind: str = "", *, with_unet: bool = True) -> P
     from bootcli_sd.loading import INCOMPLETE, check_whole, quietly
 
     try:
-        kind = kind or kind_of(*_looked_at(path), path.stem)
+        kind = kind or kind_of(*_looked_at(path), path.name)
         model, *marks = kind.split(":")
         given: dict[str, Any] = {} if with_unet else {"unet": None}
         for place, pad in zip(("", "_2"), _PADS[model], strict=False):
             given[f"tokenizer{place}"] = tokenizer(pad)
-        with quietly():
+        with quietly(), torch.serialization.safe_globals([(_Inert, _LIGHTNING)]):
             pipeline = (StableDiffusionXLPipeline if model == "sdxl" else StableDiffusionPipeline).from_single_file(
                 str(path), config=str(CONFIGS / model), local_files_only=True, torch_dtype=torch.float32, **given
             )
@@ -136,23 +139,44 @@ def read_single_file(path: Path, kind: str = "", *, with_unet: bool = True) -> P
     return Parts(kind, parts["unet"], parts["vae"], pairs, scheduler, vae)
 
 
-def _looked_at(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Shapes by name, and metadata."""
+class _Inert:
+    """Stands for a class that older .ckpt files name beside their tensors, which need it for nothing."""
+
+
+_LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+
+
+def model_of(kind: str) -> str:
+    """The folder of `CONFIGS` that a kind names."""
+    return kind.partition(":")[0]
+
+
+def _looked_at(path: Path) -> tuple[dict[str, list[int]], dict[str, str], float]:
+    """Shapes by name, metadata, and the standard deviation of `_TELLTALE`, which is 0 where there is none."""
     if path.suffix == ".safetensors":
-        return header_of(path)
-    from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+        from safetensors import safe_open
 
-    checkpoint = load_single_file_checkpoint(str(path), local_files_only=True)
-    return {name: list(tensor.shape) for name, tensor in checkpoint.items()}, {}
+        shapes, metadata = header_of(path)
+        with safe_open(path, "pt") as file:
+            telltale = file.get_tensor(_TELLTALE) if _TELLTALE in shapes else None
+    else:
+        import torch
+        from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+
+        with torch.serialization.safe_globals([(_Inert, _LIGHTNING)]):
+            checkpoint = load_single_file_checkpoint(str(path), local_files_only=True)
+        shapes = {name: list(tensor.shape) for name, tensor in checkpoint.items()}
+        metadata, telltale = {}, checkpoint.get(_TELLTALE)
+    return shapes, metadata, 0.0 if telltale is None else float(telltale.double().std(unbiased=False))
 
 
-def kind_of(shapes: Mapping[str, list[int]], metadata: Mapping[str, str], name: str) -> str:
+def kind_of(shapes: Mapping[str, list[int]], metadata: Mapping[str, str], spread: float, name: str) -> str:
     """Which model tensors of these shapes are; see `Parts`. Raises `BootError` for one that the family does not run.
 
-    What a network predicts its weights do not show. Some files say it: in an empty tensor ``v_pred`` (and ``ztsnr``),
+    What a network predicts its weights hardly show. Some files say it: in an empty tensor ``v_pred`` (and ``ztsnr``),
     or in their metadata, as kohya's scripts (``prediction_type``, ``architecture``) or ComfyUI (``predict_key``) write
-    them. Of the others, a Stable Diffusion 2 is taken for one of 768 pixels, which predicts v, unless its name ends in
-    "-base" or says 512.
+    them. Of the others, a Stable Diffusion 2 predicts v, and draws 768 pixels, where the ``spread`` of one bias is
+    that of those which do.
     """
     first = shapes.get(_FIRST)
     if first is None or first[1] != 4:
@@ -171,8 +195,8 @@ def kind_of(shapes: Mapping[str, list[int]], metadata: Mapping[str, str], name: 
         return f"sdxl{marks}"
     width = shapes.get(_ATTENTION, [0])[-1]
     if width == WIDTHS["sd2"]:
-        base = not says_v and (said == "epsilon" or name.endswith("-base") or "512" in name)
-        return "sd2-base" if base else f"sd2{marks.replace(':v', '')}"
+        v = says_v or (not said and spread > _SPREAD_OF_V)
+        return f"sd2{marks.replace(':v', '')}" if v else "sd2-base"
     if width == WIDTHS["sd1"]:
         return f"sd1{marks}"
     raise BootError(
@@ -181,7 +205,11 @@ def kind_of(shapes: Mapping[str, list[int]], metadata: Mapping[str, str], name: 
 
 
 def tokenizer(pad: str) -> Any:
-    """CLIP's tokenizer from the word list that comes with open_clip, filled up with ``pad``."""
+    """CLIP's tokenizer from the word list that comes with open_clip, filled up with ``pad``.
+
+    Where that is "!", as of SD 2 and of SDXL's second encoder, transformers reads a "!" in a prompt as padding, which
+    CLIP itself does not; so do the published folders of these models.
+    """
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTokenizer
 

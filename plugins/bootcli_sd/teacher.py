@@ -74,6 +74,11 @@ class SDTeacher(Teacher):
         self._text: TextEncoder | None = None
         self._vae: Any = None
         side = net.config.sample_size
+        if side is None:
+            raise BootError(
+                "The network's configuration does not say its sample_size.",
+                "Add it to unet/config.json: 64 for SD 1.5.",
+            )
         height, width = (side, side) if isinstance(side, int) else side
         self.spec = TeacherSpec(
             sample_shape=(int(net.config.in_channels), int(height), int(width)),
@@ -172,7 +177,7 @@ class SDTeacher(Teacher):
 
     def take(self, parts: Parts) -> None:
         """Keep the text encoder and the autoencoder of a single file, which is read as a whole."""
-        self._text = TextEncoder(parts.pairs, zero_negative=parts.kind == "sdxl")
+        self._text = TextEncoder(parts.pairs, zero_negative=single_file.model_of(parts.kind) == "sdxl")
         self._vae = parts.vae
 
     def _layout(self) -> Layout:
@@ -249,8 +254,10 @@ class SDTeacher(Teacher):
         return [*encoders, *([] if self._vae is None else [self._vae])]
 
     def feature_layers(self, net: nn.Module) -> Sequence[nn.Module]:
-        """The last residual block of every resolution on the way down, and of the middle."""
-        blocks = [*net.get_submodule("down_blocks").children(), net.get_submodule("mid_block")]
+        """The last residual block of every resolution on the way down, and of the middle, where there is one."""
+        blocks = [*net.get_submodule("down_blocks").children()]
+        if net.mid_block is not None:  # small students of Stable Diffusion have none (BK-SDM-Tiny)
+            blocks.append(net.get_submodule("mid_block"))
         return tuple(list(block.get_submodule("resnets").children())[-1] for block in blocks)
 
     def add_guidance_input(self, net: nn.Module, guidance_range: tuple[float, float]) -> None:
@@ -272,10 +279,13 @@ class SDTeacher(Teacher):
         return {"diffusers": Exporter(write_diffusers, check, takes_guidance=True)}
 
     def lora_formats(self) -> Mapping[str, LoraExporter]:
-        """``lora``: what `load_lora_weights` of diffusers' pipelines reads, and a scheduler of one step."""
+        """``lora``: one file for diffusers' `load_lora_weights`, ComfyUI and others, and a scheduler of one step."""
         from bootcli_sd.export import write_lora
 
-        return {"lora": LoraExporter(write_lora, Path(__file__).with_name("check_lora.py"), self.home)}
+        base = (str(self.home),)
+        if self.kind:
+            base = (*base, str(single_file.CONFIGS / single_file.model_of(self.kind)))
+        return {"lora": LoraExporter(write_lora, Path(__file__).with_name("check_lora.py"), base)}
 
     def feature_space(self) -> FeatureSpace | None:
         """That of the folder's ``features``, if it has one; see `Teacher.feature_space`."""
@@ -386,7 +396,8 @@ def _check_network(config: Any, layout: Layout) -> None:
             "Distil the model that it was made from.",
         )
     wanted = 2 if config.addition_embed_type == "text_time" else 1 if config.addition_embed_type is None else 0
-    if wanted != len(layout.encoders) or config.class_embed_type or config.encoder_hid_dim:
+    more = config.class_embed_type or config.num_class_embeds or config.encoder_hid_dim
+    if wanted != len(layout.encoders) or more:
         raise BootError(
             "The network is conditioned on more than text.", "The sd family runs Stable Diffusion 1.x, 2.x and XL."
         )

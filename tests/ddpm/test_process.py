@@ -51,10 +51,12 @@ def test_schedules_that_only_ddpm_knows_become_trained_betas(schedule: str) -> N
     assert process_of(process.config) == process
 
 
-@pytest.mark.parametrize("name", ["PNDM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "DDIM"])
+@pytest.mark.parametrize("name", ["PNDM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "SASolver"])
 def test_samplers_of_the_same_process_are_read(name: str) -> None:
+    """However they sample, and whatever other versions called that."""
     scheduler = getattr(diffusers, f"{name}Scheduler")(beta_schedule="squaredcos_cap_v2")
-    process = read_process({"_class_name": f"{name}Scheduler", **scheduler.config})
+    ways = {"algorithm_type": "dpmsolver", "solver_order": 7, "timestep_spacing": "other", "use_karras_sigmas": True}
+    process = read_process({"_class_name": f"{name}Scheduler", **scheduler.config, **ways})
     assert process.table == read_process(config(beta_schedule="squaredcos_cap_v2")).table
     assert process.threshold == Clip(1.0)
 
@@ -125,7 +127,10 @@ def test_zero_terminal_snr_needs_a_prediction_that_survives_it() -> None:
     [
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
         ({"_class_name": "ScoreSdeVeScheduler"}, "ScoreSdeVeScheduler"),
-        ({"_class_name": ["DDPMScheduler"]}, "not one of DDPM's"),
+        ({"_class_name": ["DDPMScheduler"]}, "is none whose forward process is read"),
+        ({"_class_name": "LCMScheduler"}, "distilled to few steps already"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "with timestep_type=continuous"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "with use_flow_sigmas=True"),
         ({"prediction_type": ["epsilon"]}, "prediction_type is"),
         ({"prediction_type": "flow_prediction"}, "flow_prediction"),
         ({"beta_schedule": "magic"}, "magic"),

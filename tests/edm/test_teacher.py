@@ -328,6 +328,10 @@ def test_consistency_models_teachers_are_what_diffusers_makes_of_them(
     teacher = load(path)
     assert teacher.spec.sample_shape == (3, 64, 64)
     assert teacher.spec.num_classes == (classes or 0)
+    student = path.rename(tmp_path / "cd_tiny_ema.pt")  # of the same names and shapes
+    with pytest.raises(BootError, match="is a consistency model, by its name"):
+        load(student)
+    student.rename(path)
     assert teacher.architecture.unet.attn_resolutions == [32, 16, 8]
     x, sigma = torch.randn(2, 3, 64, 64), torch.tensor([0.05, 12.0])
     labels = torch.tensor([4, 1]) if classes else None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bootcli_sd import single_file
+from bootcli_sd.teacher import load
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -15,8 +18,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from tests import original_names as names
 
 UNET: dict[str, Any] = {
     "sample_size": 8,
@@ -103,3 +109,23 @@ def make_folder(tmp_path: Path) -> MakeFolder:
         return folder
 
     return make
+
+
+@pytest.fixture
+def both(make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A folder, and a file of the same weights; the bundled configurations are those of the folder."""
+    folder = make_folder()
+    teacher = load(folder)
+    file = tmp_path / "tiny.safetensors"
+    save_file(
+        names.single_file(*(part.state_dict() for part in (teacher.net, teacher.vae, teacher.text.pairs[0][0]))), file
+    )
+    configs = tmp_path / "configs"
+    for name in ("model_index.json", *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))):
+        (configs / "sd1" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / name, configs / "sd1" / name)
+    shutil.copytree(folder / "scheduler", configs / "sd1" / "scheduler")
+    monkeypatch.setattr(single_file, "CONFIGS", configs)
+    monkeypatch.setattr(single_file, "WIDTHS", {"sd1": 16, "sd2": 1024})
+    monkeypatch.setattr(single_file, "tokenizer", lambda pad: tokenizer())
+    return folder, file

@@ -77,8 +77,14 @@ def test_it_is_an_ordinary_student_once_loaded(make_folder: MakeFolder, go: Any,
         assert export(run, format=name).max_abs_difference < 1e-4
     files = {file.name for file in (run / "export" / "lora").rglob("*") if file.is_file()}
     assert files == {"pytorch_lora_weights.safetensors", "scheduler_config.json", "README.md", "bootcli.json"}
+    learned_names = load_file(run / "export" / "lora" / "pytorch_lora_weights.safetensors")
+    one = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    assert {f"{one}.{part}" for part in ("lora_down.weight", "lora_up.weight", "alpha")} <= learned_names.keys()
+    assert len(learned_names) == 3 / 2 * sum(name.startswith("lora.") for name in stored)
+    assert {float(tensor) for name, tensor in learned_names.items() if name.endswith("alpha")} == {4.0}
     card = (run / "export" / "lora" / "README.md").read_text()
     assert "load_lora_weights" in card
+    assert 'from_pretrained("path/to/the/teacher")' in card
     assert "guidance_scale=1" in card
     if not xl:
         assert len(sample(run, num_images=2, device="cpu").files) == 2
@@ -114,8 +120,17 @@ def test_a_lora_on_what_the_hub_gives(make_folder: MakeFolder, go: Any) -> None:
     run = go("run", folder, **{"student.lora_rank": 2, "learning_rate": 1e-2})
     for name in ("lora", "diffusers"):
         assert export(run, format=name).max_abs_difference < 1e-4
+    assert 'variant="fp16"' in (run / "export" / "lora" / "README.md").read_text()
     exported = json.loads((run / "export" / "diffusers" / "model_index.json").read_text())
     assert exported["safety_checker"] == [None, None]
+
+
+def test_a_lora_on_a_single_file(both: tuple[Path, Path], go: Any) -> None:
+    run = go("run", both[1], **{"student.lora_rank": 2, "learning_rate": 1e-2})
+    for name in ("lora", "diffusers"):
+        assert export(run, format=name).max_abs_difference < 1e-4
+    card = (run / "export" / "lora" / "README.md").read_text()
+    assert 'StableDiffusionPipeline.from_single_file("path/to/tiny.safetensors")' in card
 
 
 def test_what_a_lora_begins_from(make_folder: MakeFolder, go: Any, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import shutil
+import sys
+import types
+from itertools import accumulate
 from pathlib import Path
 
 import open_clip
@@ -17,29 +20,6 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig
 
 from bootcli.errors import BootError
-from tests import original_names as names
-
-from .conftest import MakeFolder, tokenizer
-
-
-@pytest.fixture
-def both(make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A folder, and a file of the same weights; the bundled configurations are those of the folder."""
-    folder = make_folder()
-    teacher = load(folder)
-    file = tmp_path / "tiny.safetensors"
-    save_file(
-        names.single_file(*(part.state_dict() for part in (teacher.net, teacher.vae, teacher.text.pairs[0][0]))), file
-    )
-    configs = tmp_path / "configs"
-    for name in ("model_index.json", *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))):
-        (configs / "sd1" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / name, configs / "sd1" / name)
-    shutil.copytree(folder / "scheduler", configs / "sd1" / "scheduler")
-    monkeypatch.setattr(single_file, "CONFIGS", configs)
-    monkeypatch.setattr(single_file, "WIDTHS", {"sd1": 16, "sd2": 1024})
-    monkeypatch.setattr(single_file, "tokenizer", lambda pad: tokenizer())
-    return folder, file
 
 
 def same(a: SDTeacher, b: SDTeacher) -> None:
@@ -127,36 +107,55 @@ def test_a_file_is_read_without_a_word(both: tuple[Path, Path], capfd: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    ("width", "more", "metadata", "name", "kind"),
+    ("width", "more", "metadata", "spread", "kind"),
     [
-        (768, {}, {}, "some", "sd1"),
-        (768, {"v_pred": [0], "ztsnr": [0]}, {}, "some", "sd1:v:zero"),
-        (1024, {}, {}, "v2-1_768-ema-pruned", "sd2"),
-        (1024, {}, {}, "v2-1_512-ema-pruned", "sd2-base"),
-        (1024, {"v_pred": [0]}, {}, "a-512", "sd2"),
-        (1024, {single_file._XL: [1280]}, {}, "some", "sdxl"),
-        (1024, {single_file._XL: [1280]}, {"modelspec.prediction_type": "v"}, "some", "sdxl:v"),
-        (1024, {}, {"modelspec.prediction_type": "epsilon"}, "some", "sd2-base"),
-        (1024, {}, {"modelspec.architecture": "stable-diffusion-v2-512"}, "some", "sd2-base"),
-        (1024, {}, {"modelspec.architecture": "stable-diffusion-v2-768-v"}, "some-base", "sd2"),
-        (1024, {}, {"modelspec.predict_key": "epsilon"}, "some", "sd2-base"),
-        (1024, {}, {"modelspec.predict_key": "v"}, "some-base", "sd2"),
-        (768, {}, {"modelspec.predict_key": "v"}, "some", "sd1:v"),
-        (768, {}, {"modelspec.predict_key": "epsilon"}, "some", "sd1"),
+        (768, {}, {}, 0.2, "sd1"),
+        (768, {"v_pred": [0], "ztsnr": [0]}, {}, 0, "sd1:v:zero"),
+        (1024, {}, {}, 0.1, "sd2"),
+        (1024, {}, {}, 0.08, "sd2-base"),
+        (1024, {"v_pred": [0]}, {}, 0, "sd2"),
+        (1024, {single_file._XL: [1280]}, {}, 0, "sdxl"),
+        (1024, {single_file._XL: [1280]}, {"modelspec.prediction_type": "v"}, 0, "sdxl:v"),
+        (1024, {}, {"modelspec.prediction_type": "epsilon"}, 0.2, "sd2-base"),
+        (1024, {}, {"modelspec.architecture": "stable-diffusion-v2-512"}, 0.2, "sd2-base"),
+        (1024, {}, {"modelspec.architecture": "stable-diffusion-v2-768-v"}, 0, "sd2"),
+        (1024, {}, {"modelspec.predict_key": "epsilon"}, 0.2, "sd2-base"),
+        (1024, {}, {"modelspec.predict_key": "v"}, 0, "sd2"),
+        (768, {}, {"modelspec.predict_key": "v"}, 0, "sd1:v"),
+        (768, {}, {"modelspec.predict_key": "epsilon"}, 0, "sd1"),
     ],
 )
 def test_the_kind_shows_in_the_tensors(
-    width: int, more: dict[str, list[int]], metadata: dict[str, str], name: str, kind: str
+    width: int, more: dict[str, list[int]], metadata: dict[str, str], spread: float, kind: str
 ) -> None:
     shapes = {single_file._FIRST: [320, 4, 3, 3], single_file._ATTENTION: [320, width]}
-    assert single_file.kind_of(shapes | more, metadata, name) == kind
+    assert single_file.kind_of(shapes | more, metadata, spread, "some") == kind
     with pytest.raises(BootError, match="a UNet that reads 9 channels"):
-        single_file.kind_of(shapes | {single_file._FIRST: [320, 9, 3, 3]}, {}, name)
+        single_file.kind_of(shapes | {single_file._FIRST: [320, 9, 3, 3]}, {}, 0, "some")
     for edm in ("edm_vpred.sigma_max", "edm_mean"):
         with pytest.raises(BootError, match="of EDM's kind"):
-            single_file.kind_of(shapes | {edm: []}, {}, name)
+            single_file.kind_of(shapes | {edm: []}, {}, 0, "some")
     with pytest.raises(BootError, match="texts of width 2048"):
-        single_file.kind_of(shapes | {single_file._ATTENTION: [320, 2048]}, {}, name)
+        single_file.kind_of(shapes | {single_file._ATTENTION: [320, 2048]}, {}, 0, "some")
+
+
+def test_what_is_read_of_a_file_to_know_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older checkpoint names a class of the program that trained it: it is neither imported nor made."""
+    bias = torch.tensor([0.5, -0.5, 0.5, -0.5])
+    tensors = {single_file._TELLTALE: bias, single_file._FIRST: torch.zeros(1)}
+    save_file(tensors, tmp_path / "a.safetensors", {"modelspec.predict_key": "v"})
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    assert single_file._looked_at(tmp_path / "a.safetensors") == (shapes, {"modelspec.predict_key": "v"}, 0.5)
+
+    module, name = single_file._LIGHTNING.rsplit(".", 1)
+    trainer, made = types.ModuleType(module), type(name, (), {"__module__": module})
+    trainer.__dict__[name] = made
+    with monkeypatch.context() as there:
+        for place in accumulate(module.split("."), "{}.{}".format):
+            there.setitem(sys.modules, place, trainer)
+        torch.save({"callbacks": {made: {"best": 1}}, "state_dict": tensors}, tmp_path / "a.ckpt")
+    assert single_file._looked_at(tmp_path / "a.ckpt") == (shapes, {}, 0.5)
+    assert module not in sys.modules
 
 
 def test_a_file_that_predicts_v(both: tuple[Path, Path], tmp_path: Path) -> None:
@@ -167,6 +166,14 @@ def test_a_file_that_predicts_v(both: tuple[Path, Path], tmp_path: Path) -> None
     assert teacher.spec.prediction == "v"
     assert teacher.spec.schedule.terminal_snr() == 0
     assert build(teacher.config()).spec == teacher.spec
+
+
+@pytest.mark.parametrize(("kind", "zero"), [("sdxl", True), ("sdxl:v:zero", True), ("sd1:v", False)])
+def test_no_prompt_is_zeros_for_sdxl_whatever_it_predicts(both: tuple[Path, Path], kind: str, zero: bool) -> None:
+    parts = single_file.read_single_file(both[1], "sd1")
+    teacher = load(both[1])
+    teacher.take(dataclasses.replace(parts, kind=kind))
+    assert teacher.text.zero_negative == zero
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2-base", "sd2", "sdxl"])

@@ -43,6 +43,18 @@ def test_the_whole_contract(make_folder: MakeFolder, scheduler: dict[str, Any], 
     assert (teacher.head(), teacher.spec.conditioning) == ("native", "text")
 
 
+def test_a_network_without_a_middle(make_folder: MakeFolder) -> None:
+    """As small students of Stable Diffusion are (BK-SDM-Tiny)."""
+    teacher = family.load(make_folder(unet={"mid_block_type": None}))
+    assert check_teacher(teacher, family)
+    assert len(teacher.feature_layers(teacher.net)) == 2
+
+
+def test_a_network_that_takes_classes_too_is_refused(make_folder: MakeFolder) -> None:
+    with pytest.raises(BootError, match="conditioned on more than text"):
+        load(make_folder(unet={"num_class_embeds": 3}))
+
+
 @pytest.mark.parametrize("xl", [False, True])
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_its_samples_are_those_of_the_pipeline(make_folder: MakeFolder, xl: bool, guidance_scale: float) -> None:
@@ -187,6 +199,7 @@ def test_a_student_finds_its_teacher_of_the_hub_in_another_cache(
     [
         ("unet/config.json", {"_class_name": "UNet2DModel"}, "holds a network of class 'UNet2DModel'"),
         ("unet/config.json", {"in_channels": 9}, "cannot be loaded"),
+        ("unet/config.json", {"sample_size": None}, "does not say its sample_size"),
         ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "an autoencoder of class 'AutoencoderTiny'"),
         ("vae/config.json", {"latent_channels": 16}, "its autoencoder knows 16"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "wild"}, "scheduler"),
