@@ -76,7 +76,7 @@ class OptimizerConfig:
     accumulation: Positive | None = None
     """Micro-batches that a batch is split into; None: on a GPU as few as fit into its memory, otherwise 1."""
     betas: tuple[Decay, Decay] = (0.9, 0.99)
-    weight_decay: Annotated[float, Ge(0)] = 0.0
+    weight_decay: Scale = 0.0
     clip_norm: PositiveFloat = 1.0
     """Largest gradient norm."""
     warmup_steps: Count = 500
@@ -112,7 +112,7 @@ class BootConfig:
     weight: Literal["auto", "uniform", "velocity", "target"] = "auto"
     """w_t: 1; 1 / tau^2 with tau = sigma / (alpha + sigma); or (1 - r)^2, the plain error of the target. Auto is
     velocity for a flow teacher, else uniform."""
-    beta: Annotated[float, Ge(0)] = 1.0
+    beta: Scale = 1.0
     """Weight of the boundary term."""
     boundary_every: Positive = 4
     """Every n-th sample of the batch also enters the boundary term."""
@@ -130,7 +130,7 @@ class FreeFlowConfig:
     """Whose squared error counts: the average velocity's (the paper's), 1 / tau^2 times that of y; or that of y."""
     power: Power = 0.5
     """As in boot; the paper's is 1."""
-    beta: Annotated[float, Ge(0)] = 1.0
+    beta: Scale = 1.0
     """Weight of the boundary term."""
     boundary_every: Positive = 4
     """Every n-th sample of the batch also enters the boundary term."""
@@ -141,7 +141,7 @@ class PathsConfig:
     """Stored teacher paths (`bootcli.objectives.kd`)."""
 
     teacher_steps: Positive = 12
-    """Teacher steps in a path."""
+    """Teacher steps in a path; with points, the next number that they divide."""
     solver: Solver = "multistep"
     """Teacher step; multistep takes one evaluation a step, midpoint and heun take two."""
     step_power: PositiveFloat = 1.5
@@ -152,7 +152,7 @@ class PathsConfig:
     """Paths that are kept."""
     reuse: Positive = 8
     """How often a path is drawn on average before a newer one takes its place."""
-    adversary: Annotated[float, Ge(0)] = 0.0
+    adversary: Scale = 0.0
     """Pull of the adversary on the ends, in units of the regression's; 0: there is none."""
 
 
@@ -188,7 +188,7 @@ class CorrectionConfig:
     """Pull of the correction, in units of the prediction's."""
     direction: Literal["score", "identity"] = "score"
     """Where a sample is moved: along the difference of both denoisers, or down SiD's score identity loss."""
-    alpha: Annotated[float, Ge(0)] = 1.0
+    alpha: Scale = 1.0
     """Of the identity loss: 0 is its upper bound, 1 an unbiased estimate, above 1 (SiD: 1.2) less of its variance."""
     levels: Positive = 1
     """Noise levels for each sample."""

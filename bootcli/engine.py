@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, cpu_offload_with_hook
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import AutocastKwargs, find_executable_batch_size
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, find_executable_batch_size
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
@@ -58,7 +59,11 @@ class Engine:
         # accelerate keeps the first device of a process: a GPU that comes after the CPU would not be taken.
         held = PartialState._shared_state.get("device", chosen)
         AcceleratorState._reset_state(reset_partial_state="cpu" in (chosen.type, held.type))
-        self._accelerator = Accelerator(mixed_precision=mixed_precision, cpu=chosen.type == "cpu")
+        # One process scores and draws previews while the others wait, for longer than torch's ten minutes.
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+        self._accelerator = Accelerator(
+            mixed_precision=mixed_precision, cpu=chosen.type == "cpu", kwargs_handlers=[patience]
+        )
         self.mixed_precision: MixedPrecision = mixed_precision
 
     @property

@@ -68,16 +68,15 @@ def learning_rate(config: OptimizerConfig, peak: float, step: int, steps: int, t
         step, steps: where in the training.
         time_used: share of a time limit, in [0, 1]; the training is as far as the further of both.
     """
-    if step <= config.warmup_steps:
-        return peak * step / config.warmup_steps
-    progress = min(1.0, max((step - config.warmup_steps) / max(1, steps - config.warmup_steps), time_used))
+    ramp = min(1.0, step / max(1, config.warmup_steps))
+    progress = min(1.0, max(0.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps), time_used))
     factor = {
         "constant": 1.0,
         "cosine": (1 + math.cos(math.pi * progress)) / 2,
         "linear": 1 - progress,
         "inverse-sqrt": 1 / math.sqrt(max(1.0, step / config.decay_after)),
     }
-    return peak * factor[config.decay]
+    return peak * ramp * factor[config.decay]
 
 
 def optimizer_tensors(name: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

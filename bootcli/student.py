@@ -148,7 +148,7 @@ class Student(nn.Module):
         """Make an ``x0`` head a good place to start from.
 
         The last layer spoke another language (eps): its weights are kept at a small scale, so that the gradient reaches
-        the layers below from the first step, and its bias is set so that samples have the mean that is given.
+        the layers below from the first step, and its bias is set so that samples begin near the mean that is given.
 
         Args:
             mean: of the teacher's x_0 at the start of the path, (c,).
@@ -169,11 +169,11 @@ class Student(nn.Module):
 
         At t = 1 a network does little but copy its input or guess a mean, while at middle times its features draw: the
         bias of the time embedding is shifted so that the copy, called at t = 1, has those of ``start_t``. It stays a
-        stock network.
+        stock network. Of a teacher of classes, whose embedding is not the sum of both, it is the shift of one class.
 
         Args:
             start_t: whose features.
-            eps, cond: any samples to call the network with.
+            eps, cond: any samples to call the network with; the shift is that of the first.
         """
         with torch.no_grad():
             shift = self._embedding(start_t, eps, cond) - self._embedding(1.0, eps, cond)

@@ -34,7 +34,8 @@ class StepReport:
 
     Args:
         step: updates done, from 1.
-        loss, parts: of this update's batch.
+        loss: of this update's batch.
+        parts: of the same; means over this process's micro-batches.
         residual: mean square of R over this process's part of the prediction.
         residual_bins: the same in five equal bins of t up to t_max, clean first; NaN where a bin is empty.
         grad_norm: before clipping.
@@ -105,6 +106,9 @@ class Trainer:
 
         Raises `DoesNotFit` where the smallest does not.
         """
+        # All conditions of a trial are the first; what encodes it has to make room, as it does in a run.
+        self.work.conditions.rows(torch.zeros(1, dtype=torch.long))
+        self.work.student.teacher.release()
         mine = self.config.batch_size // self.engine.num_processes
         splits: dict[int, Parts] = {}
         size = mine
@@ -132,7 +136,7 @@ class Trainer:
                 part.load_state(part.stand_in())
             companions = {name: each.heard() for name, each in self.companions.items()}
             for index in compositions.values():
-                batch = Batch(work, config, companions, sizes, 1, 0.0, stream(config.seed, 0), self._pool())
+                batch = Batch(work, config, companions, sizes, 1, 0.0, stream(config.seed, 0), 1)
                 with engine.autocast():
                     loss = batch.micro_batch(work.student, index, engine.device).loss
                 engine.backward(loss)
@@ -159,17 +163,18 @@ class Trainer:
         batches = self._accumulate(step, max((step - 1) / config.steps, time_used))
         loss = float(engine.mean(torch.stack([each.loss.detach() for each in batches]).mean()))
         if not math.isfinite(loss):
-            raise BootError(f"The loss is {loss} at step {step}.", AGAIN)
+            raise self._undone(f"The loss is {loss} at step {step}.")
         present = self._present(step)
         norms = engine.clip(
             [self.work.student, *(each.network for each in present.values())], config.optimizer.clip_norm
         )
         for name, norm in zip(("student", *present), norms, strict=True):
             if not math.isfinite(norm) and engine.scaler is None:
-                raise BootError(f"The {name}'s gradient is {norm} at step {step}.", AGAIN)
+                raise self._undone(f"The {name}'s gradient is {norm} at step {step}.")
         rates = [rate, *(rate * each.settings.learning_rate_scale for each in present.values())]
         engine.step([self.optimizer, *(each.optimizer for each in present.values())], rates)
         self.ema.update(self.work.student, step)
+        self._balance(batches)
         self.step = step
         if self.deck is not None:
             self.drawn = self.deck.drawn
@@ -221,8 +226,14 @@ class Trainer:
                 work.offload_teacher()
             engine.backward(each.loss / micro)
             done.append(each)
-        self._balance(done)
         return done
+
+    def _undone(self, message: str) -> BootError:
+        """The error of an update that comes to nothing; the state is that of the one before."""
+        for part in (self.work.objective, self.work.replay):
+            if part is not None:
+                part.take_back()
+        return BootError(message, AGAIN)
 
     @property
     def _base(self) -> str | None:
@@ -286,7 +297,8 @@ class Trainer:
             totals = self.engine.mean(torch.stack([each.sum() for each in pulls]))
             counts = self.engine.mean(torch.tensor([float(len(each)) for each in pulls], device=self.engine.device))
             prediction, other = (totals / counts).tolist()
-            self.companions[name].balance = self.companions[name].balance.updated(prediction, other)
+            if math.isfinite(prediction + other):  # a loss scaler passes over an update that is not
+                self.companions[name].balance = self.companions[name].balance.updated(prediction, other)
 
 
 def report(

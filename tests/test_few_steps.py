@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from bootcli.closed_form import GaussianTeacher
+from bootcli.config import DistillConfig, RefinerConfig
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.images import to_uint8
+from bootcli.maths.schedule import VarianceExploding
 from bootcli.maths.signal_ode import from_signal
 from bootcli.pipelines.distill import distill
 from bootcli.pipelines.evaluate import evaluate
@@ -48,6 +51,15 @@ def test_noise_levels_outside_the_path_are_refused(refined_run: Path, sigmas: tu
     config = replace(artifact.config, refiner=replace(artifact.config.refiner, sigmas=sigmas))
     with pytest.raises(UsageError, match="falling, between 0 and"):
         refiner_times(artifact.student.teacher, config)
+
+
+def test_noise_levels_that_a_teacher_does_not_have_are_refused() -> None:
+    """EDM's begin at 0.002, and below there is nothing but clean data."""
+    teacher = GaussianTeacher(torch.zeros(1, 4, 4), 0.5, VarianceExploding(), "x0")
+    config = DistillConfig(refiner=RefinerConfig(share=0.1, sigmas=(0.5, 0.001)))
+    with pytest.raises(UsageError, match=r"falling, between 0\.002 and"):
+        refiner_times(teacher, config)
+    assert refiner_times(teacher, replace(config, refiner=RefinerConfig(share=0.1, sigmas=(0.5, 0.003))))[-1] > 0
 
 
 def test_noise_levels_below_the_end_of_the_path_are_refused(refined_run: Path) -> None:

@@ -235,10 +235,13 @@ def test_the_log_forgets_what_will_be_written_again(tmp_path: Path) -> None:
     run.trim(0)
     for step in (1, 2, 3):
         run.log({"step": step})
+    run.log({"step": 2, "parts": {"judge": float("nan")}, "residual_bins": (0.5, float("inf"))})
+    known = json.loads(run.log_file.read_text().splitlines()[-1], parse_constant=pytest.fail)
+    assert known == {"step": 2, "parts": {"judge": None}, "residual_bins": [0.5, None]}
     with run.log_file.open("a") as file:
         file.write('{"step": 2, "loss"')
     run.trim(2)
-    assert [json.loads(line)["step"] for line in run.log_file.read_text().splitlines()] == [1, 2]
+    assert [json.loads(line)["step"] for line in run.log_file.read_text().splitlines()] == [1, 2, 2]
 
 
 def test_newest_run_is_the_one_started_last(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bootcli.maths.broadcast import like
@@ -18,9 +19,10 @@ def guide(conditional: Tensor, unconditional: Tensor, guidance_scale: float | Te
             sample: a large w otherwise makes samples too bright.
 
     Returns:
-        Shape (b, ...), float32.
+        Shape (b, ...), in single precision or better.
     """
-    conditional, unconditional = conditional.float(), unconditional.float()  # whatever the network computes in
+    full = torch.promote_types(conditional.dtype, torch.float32)  # whatever the network computes in
+    conditional, unconditional = conditional.to(full), unconditional.to(full)
     if isinstance(guidance_scale, Tensor):
         guidance_scale = like(guidance_scale, conditional)
     guided = unconditional + guidance_scale * (conditional - unconditional)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from bootcli.config import AdversaryConfig
+from bootcli.errors import UsageError
 from bootcli.judge import Features
 from bootcli.maths.signal_ode import from_signal
 from bootcli.objectives.base import Ends, stratified
@@ -84,6 +85,8 @@ class Adversary:
         balance: its pull, in units of that of the regression whose ends it looks at.
         beside: which regression that is.
         features: of the teacher.
+
+    Raises `UsageError` for noise levels that the teacher does not have.
     """
 
     def __init__(
@@ -98,6 +101,8 @@ class Adversary:
         self.beside = beside
         self.features = features
         self._range = tuple(features.teacher.spec.schedule.time_of(sigma) for sigma in config.sigmas)
+        if not self._range[0] < self._range[1]:
+            raise UsageError(f"adversary.sigmas = {list(config.sigmas)} are below all noise levels of this teacher.")
 
     def draw(self, generator: torch.Generator, batch_size: int) -> AdversaryDraw:
         """Noise levels, stratified over the batch."""

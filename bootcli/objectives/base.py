@@ -118,8 +118,11 @@ class Objective(ABC, Generic[D]):
             at_once: samples that the teacher is asked for together; None: as many as that.
         """
 
+    def take_back(self) -> None:
+        """Be as before the last `renew`: the update that it was for came to nothing."""
+
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs of that."""
+        """What a resumed run needs of that; the next `renew` may write to it."""
         return {}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:

@@ -93,7 +93,8 @@ class Boot(Objective[PathDraw]):
         square = (y_s - target).square().flatten(1).mean(1)
         gain = like(one_minus_r, square) ** -2
         residual = gain * square
-        weight = like(self._weight(t, one_minus_r), residual) * adaptive(residual, self.config.power)
+        clock = like(self._weight(t, one_minus_r), residual)
+        weight = clock * adaptive(clock * residual, self.config.power)
         bootstrap = (weight * residual).mean()
         boundary = self.config.beta * start_error
         parts = {"bootstrap": bootstrap.detach(), "boundary": boundary.detach()}

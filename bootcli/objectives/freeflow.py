@@ -60,11 +60,15 @@ class FreeFlow(Objective[PathDraw]):
         self.t_max = t_max
 
     def draw(self, generator: torch.Generator, batch_size: int, pool: Pool, progress: float) -> PathDraw:
-        """s in [t_min, t_max), stratified, and its noisier neighbour t = s + delta, or t_max where that is above."""
+        """s, stratified, and its noisier neighbour t = s + delta, or t_max where that is above.
+
+        s ends half a delta below t_max, where the boundary term is: the difference is divided by the gap, and in half
+        precision that of a smaller one is nothing but rounding.
+        """
         span = self.t_max - self.t_min
         eps = torch.randn(batch_size, *self.teacher.teacher.spec.sample_shape, generator=generator)
         s = stratified(generator, batch_size, self.t_min, self.t_max)
-        s = s.clamp(self.t_min + FIRST * span, self.t_max - FIRST * span)
+        s = s.clamp(self.t_min + FIRST * span, self.t_max - self.config.delta / 2 * span)
         t = (s + self.config.delta * span).clamp(max=self.t_max)
         rows = conditions(generator, batch_size, pool, self.teacher.levels)
         return PathDraw(eps, rows, t, s, every(batch_size, self.config.boundary_every))

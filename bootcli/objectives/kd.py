@@ -23,6 +23,7 @@ from bootcli.student import Student
 from bootcli.teachers.protocol import Cond, Conditions
 from bootcli.teachers.view import TeacherView
 
+_NAMES = ("eps", "rows", "points")
 FIRST_FILL = 16
 """Batches in the buffer before the first update."""
 
@@ -73,9 +74,11 @@ class KD(Objective[KDDraw]):
         falling = torch.linspace(1, 0, self._steps * points + 1, dtype=torch.float64) ** config.step_power
         self._grid = t_min + (t_max - t_min) * falling
         self._times = self._grid[self._steps :: self._steps]
-        self._eps, self._points = torch.empty(0, *shape), torch.empty(0, points, *shape)
-        self._rows = torch.empty(0, dtype=torch.long)
-        self._next = 0
+        # Of the whole size at once, which takes memory as it is filled: to grow it would copy it each time.
+        self._eps, self._points = torch.empty(config.buffer, *shape), torch.empty(config.buffer, points, *shape)
+        self._rows = torch.empty(config.buffer, dtype=torch.long)
+        self._count = self._next = 0
+        self._undo: list[tuple[int, int, Tensor, tuple[Tensor, ...]]] = []
 
     def renew(
         self,
@@ -87,7 +90,8 @@ class KD(Objective[KDDraw]):
         at_once: int | None = None,
     ) -> None:
         """Put new paths into the buffer: some batches before the first update, later one every ``reuse`` updates."""
-        if not len(self._eps):
+        self._undo = []
+        if not self._count:
             count = min(self.config.buffer, FIRST_FILL * batch_size)
         elif step % self.config.reuse == 0:
             count = batch_size
@@ -120,31 +124,46 @@ class KD(Objective[KDDraw]):
 
     def _store(self, eps: Tensor, rows: Tensor, points: Tensor) -> None:
         """Append while there is room; then the oldest paths make room."""
-        room = self.config.buffer - len(self._eps)
-        self._eps = torch.cat([self._eps, eps[:room]])
-        self._rows = torch.cat([self._rows, rows[:room]])
-        self._points = torch.cat([self._points, points[:room]])
-        late = (self._next + torch.arange(max(0, len(eps) - room))) % self.config.buffer
-        self._eps[late], self._rows[late], self._points[late] = eps[room:], rows[room:], points[room:]
+        new = min(len(eps), self.config.buffer - self._count)
+        late = (self._next + torch.arange(len(eps) - new)) % self.config.buffer
+        self._undo.append((self._count, self._next, late, tuple(kept[late] for kept in self._kept)))
+        places = torch.cat([self._count + torch.arange(new), late])
+        for kept, given in zip(self._kept, (eps, rows, points), strict=True):
+            kept[places] = given
+        self._count += new
         self._next = (self._next + len(late)) % self.config.buffer
 
+    def take_back(self) -> None:
+        """See `Objective.take_back`."""
+        for count, place, late, before in reversed(self._undo):
+            for kept, old in zip(self._kept, before, strict=True):
+                kept[late] = old
+            self._count, self._next = count, place
+        self._undo = []
+
+    @property
+    def _kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._eps, self._rows, self._points
+
     def state(self) -> dict[str, Tensor]:
-        """The buffer."""
-        return {"eps": self._eps, "rows": self._rows, "points": self._points, "next": torch.tensor(self._next)}
+        """The part of the buffer that is filled."""
+        filled = {name: kept[: self._count] for name, kept in zip(_NAMES, self._kept, strict=True)}
+        return filled | {"next": torch.tensor(self._next)}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take a buffer back. Raises `KeyError` where it does not fit."""
-        self._eps, self._rows, self._points = (tensors[name].cpu() for name in ("eps", "rows", "points"))
-        self._next = int(tensors["next"])
+        """Take a buffer back. Raises `KeyError` or `RuntimeError` where it does not fit."""
+        self._count, self._next = len(tensors["eps"]), int(tensors["next"])
+        for name, kept in zip(_NAMES, self._kept, strict=True):
+            kept[: self._count] = tensors[name]
 
     def stand_in(self) -> dict[str, Tensor]:
         """One path of zeros."""
-        empty = {"eps": self._eps[:0], "rows": self._rows[:0], "points": self._points[:0]}
-        return {name: t.new_zeros(1, *t.shape[1:]) for name, t in empty.items()} | {"next": torch.tensor(0)}
+        zeros = {name: kept.new_zeros(1, *kept.shape[1:]) for name, kept in zip(_NAMES, self._kept, strict=True)}
+        return zeros | {"next": torch.tensor(0)}
 
     def draw(self, generator: torch.Generator, batch_size: int, pool: Pool, progress: float) -> KDDraw:
         """Paths of the buffer, uniformly, and points on them, in turn."""
-        path = torch.randint(len(self._eps), (batch_size,), generator=generator)
+        path = torch.randint(self._count, (batch_size,), generator=generator)
         first = torch.randint(self.config.points, (1,), generator=generator)
         point = (first + torch.arange(batch_size)) % self.config.points
         return KDDraw(self._eps[path], self._rows[path], self._times[point], self._points[path, point])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,8 +200,7 @@ class Session:
     def _after_step(self, report: StepReport) -> Iterator[Event]:
         config, last = self.config, report.step == self.config.steps
         if self.engine.is_main and (report.step % config.log_every == 0 or report.step == 1 or last):
-            empty = {"residual_bins": [None if math.isnan(mean) else mean for mean in report.residual_bins]}
-            self.rundir.log(dataclasses.asdict(report) | empty)
+            self.rundir.log(dataclasses.asdict(report))
         yield Stepped(report)
         if warning := self._watch.follow(report.residual):
             yield Warned(report.step, warning)

@@ -122,6 +122,8 @@ class _Measured:
 
 def _measure(trainer: Trainer, config: DistillConfig, device: torch.device) -> tuple[float, _Measured]:
     """Seconds of a usual update, and memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # larger sizes were tried before
     reports = trainer.run()
     next(reports)
     with_paths, before = next(reports), _held()

@@ -78,7 +78,8 @@ class Scorer:
 
     def _noise(self, count: int, shift: int = 0) -> Iterator[tuple[Tensor, range]]:
         config = self.work.config
-        size = min(BATCH, config.batch_size // (config.optimizer.accumulation or 1))  # what training has room for
+        parts = self.engine.num_processes * (config.optimizer.accumulation or 1)
+        size = min(BATCH, max(1, config.batch_size // parts))  # what training has room for
         for first in range(0, count, size):
             seeds = range(FIRST_SEED + first, FIRST_SEED + min(first + size, count))
             eps = prior_noise([seed + shift for seed in seeds], self.work.view.teacher.spec.sample_shape)

@@ -173,6 +173,7 @@ def set_up(
     drawn = pool if config.guidance_range is None else GuidedPool(pool, *config.guidance_range)
     objective = make_objective(config, view, drawn, t_max)
     replay = KD(config.replay, power, view, config.student.t_min, t_max, drawn) if config.replay.share else None
+    teacher.release()  # what encoded the first conditions
     return Distillation(
         view=view,
         shown=shown,
@@ -265,11 +266,12 @@ def refiner_times(teacher: Teacher, config: DistillConfig) -> tuple[float, ...]:
     sigmas, schedule = config.refiner.sigmas, teacher.spec.schedule
     times = tuple(schedule.time_of(sigma) for sigma in sigmas)
     start, end = start_time(teacher, config), config.student.t_min
-    levels = [schedule(torch.tensor(t, dtype=torch.float64)) for t in (end, start)]
-    low, high = (float(level.sigma / level.alpha) for level in levels)
-    if not sigmas or list(sigmas) != sorted(set(sigmas), reverse=True) or not low < sigmas[-1] <= sigmas[0] < high:
+    levels = [schedule(torch.tensor(t, dtype=torch.float64)) for t in (max(end, 1e-12), start)]
+    low, high = (float(level.sigma / level.alpha) for level in levels)  # EDM's begin above 0
+    falling = bool(sigmas) and list(sigmas) == sorted(set(sigmas), reverse=True)
+    if not falling or not end < times[-1] or not sigmas[0] < high:
         raise UsageError(
-            f"refiner.sigmas = {list(sigmas)}: give one or more noise levels, falling, between {low:.3g} and "
+            f"refiner.sigmas = {list(sigmas)}: give one or more noise levels, falling, between {round(low, 6):.3g} and "
             f"{high:.3g}, those of the ends of the path."
         )
     return times

@@ -12,6 +12,7 @@ samples/, evaluations/, export/: what the other commands make of it
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
-        """Folders ``step-00000100``."""
+        """Files ``step-00000100.safetensors``."""
         return self.path / "checkpoints"
 
     @property
@@ -149,7 +150,16 @@ class RunDir:
 
 def _append(path: Path, line: Mapping[str, object]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps(_known(line), allow_nan=False) + "\n")
+
+
+def _known(value: object) -> object:
+    """The same with None for every number that is not finite: JSON has no word for it."""
+    if isinstance(value, Mapping):
+        return {key: _known(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_known(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(line: str) -> float:

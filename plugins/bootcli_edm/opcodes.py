@@ -123,7 +123,7 @@ class _Machine:
     ) -> None:
         self.allowed, self.check, self.persistent = allowed, check, persistent
         self.stack: list[Any] = []
-        self.memo: dict[int, object] = {}
+        self.memo: dict[Key, object] = {}
         self.done = False
 
     def result(self) -> object:

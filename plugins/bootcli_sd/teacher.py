@@ -282,7 +282,7 @@ class SDTeacher(Teacher):
         """``lora``: one file for diffusers' `load_lora_weights`, ComfyUI and others, and a scheduler of one step."""
         from bootcli_sd.export import write_lora
 
-        base = (str(self.home),)
+        base: tuple[str, ...] = (str(self.home),)
         if self.kind:
             base = (*base, str(single_file.CONFIGS / single_file.model_of(self.kind)))
         return {"lora": LoraExporter(write_lora, Path(__file__).with_name("check_lora.py"), base)}

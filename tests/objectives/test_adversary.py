@@ -16,7 +16,7 @@ from bootcli.config import AdversaryConfig, CorrectionConfig
 from bootcli.critic import Critic
 from bootcli.errors import UsageError
 from bootcli.judge import Features, Judge, make_judge
-from bootcli.maths.schedule import CosineVP, LinearPath, Schedule
+from bootcli.maths.schedule import CosineVP, LinearPath, Schedule, VarianceExploding
 from bootcli.maths.signal_ode import from_signal
 from bootcli.objectives.adversary import Adversary, AdversaryDraw, Judged, Verdict
 from bootcli.objectives.base import Ends
@@ -35,6 +35,14 @@ class Open(GaussianTeacher):
 
 def adversary(teacher: Teacher, **config: Any) -> Adversary:
     return Adversary(AdversaryConfig(**config), 1.0, "prediction", Features(teacher))
+
+
+def test_noise_levels_that_a_teacher_does_not_have_are_refused() -> None:
+    """EDM's begin at 0.002, and below there is nothing but clean data."""
+    teacher = Open(torch.zeros(1, 4, 4), 0.5, VarianceExploding(), "x0")
+    assert adversary(teacher, sigmas=(0.001, 0.1))
+    with pytest.raises(UsageError, match="below all noise levels"):
+        adversary(teacher, sigmas=(0.0005, 0.001))
 
 
 def ends_of(samples: Tensor, points: Tensor) -> Ends:

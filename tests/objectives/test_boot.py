@@ -140,6 +140,17 @@ def test_power_weighs_each_sample_by_its_own_error() -> None:
         assert torch.allclose(terms.pull, weight * plain.pull, rtol=1e-5)
 
 
+def test_power_weighs_what_counts() -> None:
+    """With 1 every sample has the same share of the loss, whatever w_t makes of its error."""
+    teacher, draw = GaussianTeacher(MEAN, 0.5, CosineVP()), drawn(0.1, 0.2, 1.0)
+    for name in ("velocity", "target"):
+        at_t, r = CosineVP()(draw.t), step_ratio(CosineVP()(draw.t), CosineVP()(draw.s))
+        w_t = (1 + at_t.alpha / at_t.sigma) ** 2 if name == "velocity" else (1 - r) ** 2
+        terms = boot_loss(teacher, draw, shift=0.5, beta=0.0, power=1.0, weight=name)
+        error = w_t * terms.residual
+        assert terms.loss.item() == pytest.approx(float((error / (error + 1e-4)).mean()), rel=1e-5)
+
+
 def test_pull_is_the_gradient_at_the_output() -> None:
     """The gradient of a constant shift of sample i is pull_i in root mean square, for the sum over samples."""
     teacher, draw = GaussianTeacher(MEAN, 0.0, CosineVP()), drawn(0.1, 0.2, 1.0)

@@ -162,6 +162,29 @@ def test_state_round_trip() -> None:
     assert torch.equal(draw(kd).eps, draw(other).eps)
 
 
+@pytest.mark.parametrize("updates", [0, 1, 3, 6])
+def test_what_came_to_nothing_is_taken_back(updates: int) -> None:
+    """Of an empty buffer, one with room, one that is half full of room, and a full one."""
+    kd = renewed(objective(buffer=140, reuse=1, teacher_steps=1), updates)
+    before = {name: tensor.clone() for name, tensor in kd.state().items()}
+    renewed(kd, 1, first=updates + 1)
+    assert not torch.equal(draw(kd).eps, torch.zeros(()))
+    kd.take_back()
+    after = kd.state()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    kd.take_back()  # once is enough
+    assert kd.state().keys() == before.keys()
+    again, straight = (renewed(each, 2, first=updates + 1) for each in (kd, renewed(objective(
+        buffer=140, reuse=1, teacher_steps=1), updates)))  # fmt: skip
+    assert all(torch.equal(tensor, straight.state()[name]) for name, tensor in again.state().items())
+
+
+def test_a_buffer_of_another_size_is_refused() -> None:
+    kd = renewed(objective(buffer=32, reuse=1, teacher_steps=1), 5)
+    with pytest.raises(RuntimeError, match="size"):
+        objective(buffer=16, reuse=1, teacher_steps=1).load_state(kd.state())
+
+
 def test_conditions_stay_with_their_paths() -> None:
     """Two classes, each a point: a path of class k ends on mean k."""
     means = torch.stack([MEAN, -MEAN])

@@ -75,6 +75,13 @@ def test_a_run_with_prompts_works_elsewhere(settings: dict[str, object], tmp_pat
     ((encoder, _),) = teacher.text.pairs
     before: dict[str, object] = {**EVERYTHING, "student.path_start": "noise", "student.max_gain": 20.0}
     config = config_of(**before | settings, steps=2)
+    teacher.release()
+    work, trainer = build(teacher, config)
+    assert trainer.fitting() == 1
+    assert not teacher.other_parts(), "no encoder takes room while micro-batches are tried"
+    teacher = load("fashion-sd").teacher
+    assert isinstance(teacher, SDTeacher)
+    ((encoder, _),) = teacher.text.pairs
     with elsewhere() as device, mock.patch.object(teacher, "release"):
         work, trainer = build(teacher, config)
         session = Session(RunDir(tmp_path), work, trainer, "sd", trainer.engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from types import ModuleType
@@ -41,6 +42,18 @@ def test_learning_rate_warms_up_and_decays() -> None:
     endless = OptimizerConfig(warmup_steps=10, decay="inverse-sqrt", decay_after=100)
     rates = [learning_rate(endless, 2.0, step, 10**9, 0.9) for step in (5, 50, 100, 400, 2500)]
     assert rates == pytest.approx([1.0, 2.0, 2.0, 1.0, 0.4])
+
+
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_time_that_is_used_up_counts_from_the_first_update(decay: Any) -> None:
+    """However much of it the warm-up takes, the rate makes no jump and ends at 0."""
+    config = OptimizerConfig(warmup_steps=50, decay=decay)
+    rates = [learning_rate(config, 1.0, step, 10**9, step / 100) for step in range(1, 101)]
+    assert max(abs(b - a) for a, b in itertools.pairwise(rates)) < 0.04
+    assert rates[-1] == pytest.approx(0.0, abs=1e-12)
+    early = [learning_rate(config, 1.0, step, 10**9, step / 20) for step in range(1, 21)]
+    assert early[-1] == pytest.approx(0.0, abs=1e-12)
+    assert max(early) > 0.05
 
 
 def test_orthogonal_is_near_the_polar_factor() -> None:

@@ -179,25 +179,42 @@ def test_state_round_trip_continues_bit_for_bit(tiny_teacher: Teacher) -> None:
             assert torch.equal(tensor, resumed.state()[0][name]), name
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tiny_teacher: Teacher) -> None:
-    work, trainer = build(tiny_teacher, config_of(steps=4))
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+@every_objective
+def test_an_update_that_is_not_finite_leaves_no_trace(
+    tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch, objective: str, broken: str
+) -> None:
+    """The state is that of the update before, and goes on from there where the fault is gone."""
+    settings = {**EVERYTHING, "objective": objective, ADVERSARIES[objective]: 0.5, "batch_size": 16, "steps": 5}
+    settings |= {f"{part}.{key}": value for part in ("kd", "replay") for key, value in (("reuse", 1), ("buffer", 40))}
+    config = config_of(**settings)
+    _, straight = run(tiny_teacher, config)
+    work, trainer = build(tiny_teacher, config)
     reports = trainer.run()
-    next(reports)
-    before = [p.detach().clone() for p in work.student.parameters()]
-
-    class Broken:
-        def __getattr__(self, name: str) -> object:
-            return getattr(work.objective, name)
-
-        def loss(self, *args: object) -> object:
-            terms = work.objective.loss(*args)  # type: ignore[arg-type]
-            return dataclasses.replace(terms, loss=terms.loss * math.nan)
-
-    trainer.work = dataclasses.replace(trainer.work, objective=Broken())  # type: ignore[arg-type]
-    with pytest.raises(BootError, match="loss is nan at step 2"):
+    for _ in range(3):
         next(reports)
-    assert trainer.step == 1
-    assert all(torch.equal(a, b) for a, b in zip(before, work.student.parameters(), strict=True))
+    before = {name: tensor.clone() for name, tensor in trainer.state()[0].items()}
+    facts = json.dumps({name: fact for name, fact in trainer.state()[1].items() if name != "seconds"})
+    loss = work.objective.loss
+
+    def spoilt(*args: Any) -> Terms:
+        terms = loss(*args)
+        if broken == "loss":
+            return dataclasses.replace(terms, loss=terms.loss * math.nan, pull=terms.pull * math.nan)
+        terms.loss.register_hook(lambda gradient: gradient * math.nan)
+        return terms
+
+    monkeypatch.setattr(work.objective, "loss", spoilt)
+    with pytest.raises(BootError, match=f"{broken} is nan at step 4"):
+        next(reports)
+    tensors, after = trainer.state()
+    assert json.dumps({name: fact for name, fact in after.items() if name != "seconds"}) == facts
+    for name, tensor in before.items():
+        assert name.startswith("rng.") or torch.equal(tensor, tensors[name]), name
+    monkeypatch.undo()
+    _, resumed = build(tiny_teacher, config)
+    resumed.load_state({name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(after)))
+    assert [r.loss for r in resumed.run()] == [r.loss for r in straight[3:]]
 
 
 @every_objective
