@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Gt, Interval, MinLen
 
 from bootcli.errors import UsageError
 
@@ -32,7 +32,9 @@ Fraction = Annotated[float, Interval(ge=0, le=1)]
 Step = Annotated[float, Interval(gt=0, le=1)]
 Power = Annotated[float, Interval(ge=0, le=1)]
 Scale = Annotated[float, Interval(ge=0, lt=math.inf)]
-Solver = Literal["euler", "midpoint", "heun", "multistep"]
+OWN_IMAGES = "teacher"
+"""The word for the teacher's own images as a reference; a folder of that name is ./teacher."""
+Solver = Literal["euler", "midpoint", "heun", "multistep", "unipc"]
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,9 @@ class PathsConfig:
 
     teacher_steps: Positive = 12
     """Teacher steps in a path; with points, the next number that they divide."""
-    solver: Solver = "multistep"
-    """Teacher step; multistep takes one evaluation a step, midpoint and heun take two."""
+    solver: Solver | Literal["auto"] = "auto"
+    """Teacher step; multistep and unipc take one evaluation a step, midpoint and heun take two. Auto is unipc, for a
+    guided teacher multistep."""
     step_power: PositiveFloat = 1.5
     """Times fall as a line to this power, so that steps are shorter towards the data; 1: all of one length."""
     points: Positive = 1
@@ -273,7 +276,7 @@ class DistillConfig:
     prompts: str | None = None
     """Where prompts come from (`bootcli.prompts`); None: those that come with bootcli."""
     negative_prompt: str | None = None
-    classes: tuple[Count, ...] | None = None
+    classes: Annotated[tuple[Count, ...], MinLen(1)] | None = None
     """Class labels to distil; None is all of them."""
     guidance_scale: Scale = 1.0
     """w, built into the student; 1 is no guidance."""
@@ -321,9 +324,19 @@ class DistillConfig:
 
 
 RESUMABLE = frozenset(
-    {"log_every", "preview_every", "preview_teacher_steps", "checkpoint_every", "keep_checkpoints", "watch.patience"}
+    {
+        "log_every",
+        "preview_every",
+        "preview_teacher_steps",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "watch.every",
+        "watch.patience",
+    }
 )
 """What may change on ``--resume``, beside longer ``steps`` and ``max_minutes``: what has no part in the training."""
+USERS_OWN = ("teacher", "init_from", "device", "max_minutes", "seed")
+"""What no recipe says: it comes with a teacher, whoever made that."""
 
 
 def resolve(*layers: Mapping[str, object]) -> DistillConfig:
@@ -345,8 +358,18 @@ def from_dict(tree: Mapping[str, object]) -> DistillConfig:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
         raise UsageError(f"Setting {key} = {first['input']!r}: {first['msg'].lower()}.") from error
+    _check_numbers(tree, config)
     _check_guidance(config)
     return config
+
+
+def _check_numbers(tree: Mapping[str, object], config: DistillConfig) -> None:
+    """Raise `UsageError` where true or false was read as a number, 1 or 0; texts are read as what they say."""
+    read = dict(flatten(to_dict(config)))
+    for key, value in flatten(tree):
+        values = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(each, bool) for each in values) and not isinstance(read[key], bool):
+            raise UsageError(f"Setting {key} = {value!r}: input should be a number, not true or false.")
 
 
 def _check_guidance(config: DistillConfig) -> None:
@@ -377,8 +400,13 @@ def to_dict(config: DistillConfig) -> dict[str, object]:
 
 
 def check_recipe(recipe: Mapping[str, object]) -> None:
-    """Raise `UsageError` unless every key and value of a teacher's recipe is a valid setting."""
-    resolve(recipe)
+    """Raise `UsageError` unless every key and value of a teacher's recipe is a valid setting that is not the user's."""
+    reference = resolve(recipe).watch.reference
+    for key in USERS_OWN:
+        if key in recipe:
+            raise UsageError(f"{key} is for the user to say.", "Take it out of the recipe.")
+    if reference not in (None, OWN_IMAGES):
+        raise UsageError(f"watch.reference = {reference!r}: a recipe names no files; it may say {OWN_IMAGES!r}.")
 
 
 def read_file(path: Path) -> dict[str, object]:

@@ -33,6 +33,7 @@ from platformdirs import user_cache_path
 from torch import Tensor, nn
 
 from bootcli.errors import BootError
+from bootcli.images import is_grid
 from bootcli.store.files import atomic_folder
 
 Array = npt.NDArray[np.float64]
@@ -170,12 +171,13 @@ def folder_images(folder: Path, shape: torch.Size | None = None) -> Iterator[Ten
     """The images of a folder and the folders in it, by path, as uint8 batches (b, c, h, w) of one size each.
 
     Args:
-        folder: where to look; what is not an image is passed over.
+        folder: where to look; what is not an image is passed over, and so are the grids of `bootcli sample`.
         shape: (1 or 3, h, w) that every image must have; None takes any size, as RGB.
 
     Raises `BootError` for a folder with fewer than two images, a broken image or one of another size.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+    files = [path for path in found if not is_grid(path)]
     if len(files) < 2:
         raise BootError(f"{folder} holds {len(files)} images; statistics need more.", "Name a folder of image files.")
     dataset = fid.ResizeDataset(files, mode="legacy_tensorflow")  # the mode that leaves the size alone

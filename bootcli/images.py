@@ -13,6 +13,9 @@ from torch import Tensor
 
 from bootcli.store.files import atomic_file
 
+GRID = "grid.png"
+"""The file that shows the others of a folder."""
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1], any shape, to uint8 by rounding (not truncation), as diffusers does."""
@@ -40,6 +43,18 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 1) -> Tensor:
 def enlarge(image: Tensor, factor: int) -> Tensor:
     """Repeat each pixel of (c, h, w), so that small images can be seen."""
     return image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+
+
+def is_grid(path: Path) -> bool:
+    """Whether a file is a grid of images that `bootcli sample` drew, and no image itself."""
+    if path.name != GRID:
+        return False
+    try:
+        with Image.open(path) as image:
+            facts = dict(image.info)
+    except (OSError, ValueError):  # broken, which whoever reads it will say
+        return False
+    return str(facts.get("Software")).startswith("bootcli ") and "seed" not in facts
 
 
 def save_png(image: Tensor, path: Path, text: Mapping[str, str] | None = None) -> None:

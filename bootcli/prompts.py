@@ -2,8 +2,11 @@
 
 | form | a prompt is |
 |---|---|
-| text | a line, a negative prompt behind a tab if there is one; no line is blank or begins with # |
+| text | a line, a negative prompt behind a tab if there is one; blank lines and those that begin with # are none |
 | ``.jsonl`` | a JSON object a line: ``prompt``, and if you like ``negative_prompt`` and ``seed`` |
+
+A line of text that begins like JSON is refused: it is meant for the other form. Standard input has that form where its
+first line begins so. Lines are UTF-8, and end with a newline, a carriage return or both.
 
 A prompt with a seed is drawn from that seed whenever its turn comes, in samples, evaluations and previews; training
 draws its own noise. There may be millions of prompts: they are read line by line, and kept on disk.
@@ -137,7 +140,9 @@ def check_text(where: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UsageError(f"{where} holds what is no character.", "Give text in UTF-8, and characters whole.") from None
+        text = "\0"  # which is none either
+    if "\0" in text:
+        raise UsageError(f"{where} holds what is no character.", "Give text in UTF-8, and characters whole.")
 
 
 def _sources(source: str | None) -> Iterator[tuple[str, Iterator[str]]]:
@@ -159,16 +164,25 @@ def _sources(source: str | None) -> Iterator[tuple[str, Iterator[str]]]:
             with each.open("rb") as file:
                 yield str(each), _lines(str(each), file)
         except OSError as error:
-            raise UsageError(f"Cannot read prompts from {each}: {error}.", "Give a text file in UTF-8.") from error
+            raise UsageError(
+                f"Cannot read prompts from {each}: {error.strerror}.",
+                "Give a text file, or a pattern like prompts/*.txt",
+            ) from error
 
 
 def _lines(name: str, file: Iterable[bytes]) -> Iterator[str]:
-    """Lines of UTF-8, which end where a text file's do, and not at the other ends of lines that Unicode knows."""
-    try:
-        for number, line in enumerate(file):
-            yield line.decode("utf-8" if number else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"Cannot read prompts from {name}: {error}.", "Give text in UTF-8.") from error
+    """Lines of UTF-8, which end where a text file's do, and not at the other ends of lines that Unicode knows; without
+    the mark that some programs begin a file with, also where files were joined."""
+    for number, line in enumerate((line for part in file for line in part.splitlines()), 1):
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            text = "\0"  # which UTF-16 has too
+        if "\0" in text:
+            raise UsageError(
+                f"Cannot read prompts from {name}: line {number} is not UTF-8.", "Save it as text in UTF-8."
+            )
+        yield text.removeprefix("\ufeff")
 
 
 def _parse(name: str, lines: Iterator[str]) -> Iterator[Prompt]:
@@ -179,13 +193,15 @@ def _parse(name: str, lines: Iterator[str]) -> Iterator[Prompt]:
     first = next(numbered, None)
     if first is None:
         return
-    structured = ending == ".jsonl" or (name == "standard input" and first[1].lstrip().startswith("{"))
-    if not structured and _JSON.match(first[1]):
-        raise UsageError(f"Cannot read prompts from {name}: it begins like JSON.", _FORMS)
+    structured = ending == ".jsonl" or (name == "standard input" and _JSON.match(first[1]) is not None)
     for number, line in itertools.chain([first], numbered):
-        if structured or not line.lstrip().startswith("#"):
-            where = f"{name}, line {number}"
-            yield _from_json(where, line) if structured else _from_text(where, line)
+        where = f"{name}, line {number}"
+        if structured:
+            yield _from_json(where, line)
+        elif _JSON.match(line):
+            raise UsageError(f"Cannot read prompts from {name}: line {number} begins like JSON.", _FORMS)
+        elif not line.lstrip().startswith("#"):
+            yield _from_text(where, line)
 
 
 def _from_text(where: str, line: str) -> Prompt:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bootcli.config import OWN_IMAGES
 from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import INCEPTION, Inception, Statistics, features_of, folder_images, gaussian_fit
 from bootcli.manifold import MOST_ROWS, some_rows
@@ -19,13 +20,11 @@ from bootcli.paths import expanded
 from bootcli.store.tensors import read_tensors, write_tensors
 from bootcli.teachers.protocol import Teacher
 
-OWN_IMAGES = "teacher"
-"""The word for the teacher's own images; a folder of that name is ./teacher."""
 OWN_STEPS = 50
 """Teacher steps of those, and of the ends that a student is paired with."""
-OTHER_NOISE = 2**41
+OTHER_NOISE = 2**30
 """Added to a seed for the noise of the teacher's own image beside it: a reference has the conditions of the images
-compared with it, never their noise."""
+compared with it, never their noise. Of a seed torch's generators look at 32 bits alone."""
 FORMS = (
     "PATH, a folder of images or a .safetensors file of statistics, is read in the teacher's own features; "
     f"{' or '.join(f'{name}:PATH' for name in INCEPTION)}, which may be an .npz file (mu, sigma) too, in Inception's. "
@@ -92,10 +91,7 @@ def reference_for(
     inception, named = _parts(reference)
     drawn = own_images if is_own(reference) else None
     path = expanded(named)
-    if drawn is None and not path.exists():
-        raise UsageError(f"--reference {reference}: {path} does not exist.", FORMS)
-    if own is None and not inception:
-        raise UsageError(f"--reference {reference}: this teacher has no feature network of its own.", FORMS)
+    check_reference(teacher, reference, "--reference", may_draw=drawn is not None)
     space, dimensions = (inception, 2048) if inception or own is None else (own.name, len(own.mean))
     known = None if drawn or path.is_dir() else _read(path, space, dimensions)  # before a large network is loaded
     if known is not None and with_features:
@@ -108,6 +104,25 @@ def reference_for(
     classes_of, words = (None, ()) if inception or own is None else (own.classes_of, own.words)
     source = f"the teacher's own, {OWN_STEPS} steps" if drawn else str(path)
     return Reference(space, network, known[0], source, features=known[1], classes_of=classes_of, words=words)
+
+
+def check_reference(teacher: Teacher, reference: str, name: str, *, may_draw: bool = True) -> None:
+    """Raise `UsageError` for one that means nothing, before anything is drawn or read.
+
+    Args:
+        teacher: loaded.
+        reference: see `FORMS`.
+        name: of the setting that it comes from.
+        may_draw: whether the teacher may draw its own images.
+    """
+    inception, named = _parts(reference)
+    path = expanded(named)
+    if not named:
+        raise UsageError(f"{name} {reference!r} names nothing.", FORMS)
+    if not (may_draw and is_own(reference)) and not path.exists():
+        raise UsageError(f"{name} {reference}: {path} does not exist.", FORMS)
+    if teacher.feature_space() is None and not inception:
+        raise UsageError(f"{name} {reference}: this teacher has no feature network of its own.", FORMS)
 
 
 def is_own(reference: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop at the next safe point."""
+"""Ctrl-C, SIGTERM and a closed terminal as a wish to stop at the next safe point."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+HANGUP = getattr(signal, "SIGHUP", None)
+"""Of a terminal that closes; Windows has none."""
+
 
 class StopWish:
     """Holds the signal that arrived, or None."""
@@ -16,20 +19,25 @@ class StopWish:
         self.signum: int | None = None
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Remember the first signal; a second one of any kind stops at once."""
-        if self.signum is not None:
+        """Remember the first signal; a second one stops at once, unless it is the hangup that a shell sends again."""
+        if self.signum is None:
+            self.signum = signum
+        elif signum != HANGUP:
             raise KeyboardInterrupt
-        self.signum = signum
 
 
 @contextmanager
 def watch_signals() -> Iterator[StopWish]:
-    """Catch SIGINT and SIGTERM while the block runs. Outside the main thread nothing can be caught."""
+    """Catch SIGINT, SIGTERM and, unless nohup has it ignored, SIGHUP while the block runs. Outside the main thread
+    nothing can be caught."""
     wish = StopWish()
     if threading.current_thread() is not threading.main_thread():
         yield wish
         return
-    old = {number: signal.signal(number, wish.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    watched = [signal.SIGINT, signal.SIGTERM]
+    if HANGUP is not None and signal.getsignal(HANGUP) is not signal.SIG_IGN:
+        watched.append(HANGUP)
+    old = {number: signal.signal(number, wish.handle) for number in watched}
     try:
         yield wish
     finally:

@@ -9,7 +9,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import IO, TextIO, cast
 
 from rich import box
 from rich.console import Console
@@ -133,10 +134,32 @@ class _Pace:
         return f"{speed:.{0 if speed >= 10 else 1}f} {unit}{left}"
 
 
-class _Display:
-    """Progress as plain lines on stderr: the first of a stage, the last, and one every few seconds."""
+class _Lossy:
+    """A stream that never fails: where its reader is gone, a ``tee`` or the terminal, words are lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with suppress(OSError, ValueError):  # ValueError: it is closed
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)  # what else rich asks a stream: isatty, encoding
+
+
+class _Display:
+    """Progress as plain lines: the first of a stage, the last, and one every few seconds."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
         self.paces: dict[str, _Pace] = {}
         self.shown = 0.0
 
@@ -157,14 +180,14 @@ class _Display:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=self.stream, flush=True)
 
 
 class _Bars(_Display):
     """Progress as one live bar for each stage, below the lines that stay."""
 
     def __init__(self, progress: Progress) -> None:
-        super().__init__()
+        super().__init__(progress.console.file)
         self.progress = progress
         self.tasks: dict[str, TaskID] = {}
 
@@ -181,9 +204,10 @@ class _Bars(_Display):
 
 @contextmanager
 def _display() -> Iterator[_Display]:
-    console = Console(stderr=True)
-    if not sys.stderr.isatty() or console.is_dumb_terminal:
-        yield _Display()
+    stream = cast(IO[str], _Lossy(sys.stderr))  # progress never stops the work
+    console = Console(file=stream)
+    if not stream.isatty() or console.is_dumb_terminal:
+        yield _Display(stream)
         return
     details = TextColumn("{task.fields[details]}", markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), details)

@@ -32,20 +32,20 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from bootcli import __version__
-from bootcli.config import DistillConfig, differences, flatten, to_dict
+from bootcli.config import OWN_IMAGES, DistillConfig, differences, flatten, to_dict
 from bootcli.engine import Engine
 from bootcli.evaluate import features_of, frechet, gaussian_fit
 from bootcli.images import to_uint8
 from bootcli.manifold import MOST_ROWS, manifold_of, precision_recall, some_rows
 from bootcli.maths.schedule import DiscreteVP
-from bootcli.pipelines.bench import accuracy, own_images
+from bootcli.pipelines.bench import accuracy
 from bootcli.pipelines.distill import distill
 from bootcli.pipelines.evaluate import evaluate
 from bootcli.pipelines.events import Finished
 from bootcli.pipelines.requests import condition_of, labels_of
 from bootcli.pipelines.settings import resolve_config
 from bootcli.pipelines.setup import start_time, teacher_view
-from bootcli.reference import OWN_IMAGES, OWN_STEPS, reference_for, write_reference
+from bootcli.reference import OWN_STEPS, reference_for, write_reference
 from bootcli.sampler import paired_errors, path_ends, prior_noise, reference_calls, teacher_images
 from bootcli.store.artifact import load_student
 from bootcli.store.checkpoint import checkpoints
@@ -254,14 +254,15 @@ def teacher_cells(bench: Bench, steps: Sequence[int], only: str) -> None:
 
 
 def teacher_reference(bench: Bench) -> Path:
-    """The file of what the teacher draws in many steps, made once; the conditions are those of the images compared."""
+    """The file of what the teacher draws in many steps, made once: from the noise and the conditions of the images
+    compared with it, so that nothing is left to chance and the teacher itself has 0."""
     path = bench.runs / "teacher.safetensors"
     if not path.exists():
         config = resolve_config({"teacher": bench.teacher, "device": bench.device}, {}, {})
         engine = Engine(config.device, "no")
         teacher = load(config.teacher).teacher
         view, cond_of = teacher_view(teacher, config, engine), condition_of(teacher, config)
-        own = partial(own_images, view, cond_of, range(min(bench.num_images, OWN)), 250, engine)
+        own = partial(teacher_images, view, OWN_STEPS, cond_of, range(min(bench.num_images, OWN)), 250, engine)
         write_reference(path, reference_for(teacher, OWN_IMAGES, engine.device, own_images=own))
     return path
 

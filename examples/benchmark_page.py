@@ -209,20 +209,23 @@ def finish(axes: Any, label: str, measure: str, at: set[float], path: Path, figu
 
 
 def write_page(folder: Path, order: Sequence[str]) -> None:
-    """docs/results.md from all cells of all teachers."""
+    """docs/results.md from all cells of all teachers, of which one may have none yet."""
+    cells_of = {path: cells for path in sorted(folder.glob("*")) if path.is_dir() and (cells := read_cells(path))}
+    if not cells_of:
+        raise SystemExit(f"{folder} holds no cells: measure some first, or name another folder with --results.")
     parts = [
         "# Results", "",
         "Written by `python examples/benchmark.py --page` from the cells in `results/`, one JSON file each.",
         "FID is in the teacher's own feature space and cannot be compared with Inception FID. Precision and recall are",
         "those of Kynkäänniemi et al. 2019 (k = 3). The paired error is the mean square of the student's sample minus",
         "the end of the teacher's own path from the same noise. FID to its teacher is that of 2,000 images to as many",
-        "that the teacher draws in 50 steps: with guidance those are far from real images, and a student that is near",
-        "them is too. Minutes are of training alone, on the machine named; ± is the standard deviation over seeds;",
-        "later ones make as many updates as the first did in that time. At a * minutes are updates, as many a minute",
-        "as the same run made before. At a † the teacher's paths were those before `kd.step_power`.", "",
+        "that the teacher draws in 50 steps, from the same noise and for the same conditions: with guidance those are",
+        "far from real images, and a student that is near them is too. Minutes are of training alone, on the machine",
+        "named; ± is the standard deviation over seeds; later ones make as many updates as the first did in that time.",
+        "At a * minutes are updates, as many a minute as the same run made before. At a † the teacher's paths were those",
+        "before `kd.step_power`.", "",
     ]  # fmt: skip
-    for teacher in sorted(path for path in folder.iterdir() if path.is_dir()):
-        cells = read_cells(teacher)
+    for teacher, cells in cells_of.items():
         save_curves(cells, order, teacher)
         parts.append(page(teacher.name, cells, order).replace(f"({teacher.name}/", f"({folder.name}/{teacher.name}/"))
     (folder.parent / f"{folder.name}.md").write_text("\n".join(parts), encoding="utf-8")

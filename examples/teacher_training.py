@@ -33,7 +33,7 @@ def learning_rate(step: int, progress: float, peak: float, final: float, warmup:
 
 def step_generator(seed: int, step: int) -> torch.Generator:
     """A generator that depends on (seed, step) alone, so that a resumed run draws what the first would have drawn."""
-    return torch.Generator().manual_seed((seed << 32) + step)
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 def stratified(batch: int, generator: torch.Generator) -> Tensor:

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import benchmark
+import benchmark_page
 import pytest
 from benchmark import Bench, lever_cells, refuse_other, student_cells, teacher_cells
-from benchmark_page import has_old_paths, measure_of, page, read_cells, trained_on
+from benchmark_page import has_old_paths, measure_of, page, read_cells, trained_on, write_page
 
 from bootcli import trainer
 from bootcli.config import DistillConfig
@@ -134,3 +135,24 @@ def test_a_run_goes_on_in_a_clone_elsewhere(tmp_path: Path, prompts: str, *, sam
 def test_cells_of_before_say_that_their_paths_were_others() -> None:
     new, old, boot = ({"objective": "kd", "kd.step_power": 1.5}, {"objective": "kd"}, {"objective": "boot"})
     assert [has_old_paths({"settings": settings}) for settings in (new, old, boot)] == [False, True, False]
+
+
+def test_a_page_of_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "results" / "fashion").mkdir(parents=True)
+    for folder in (tmp_path / "results", tmp_path / "missing"):
+        with pytest.raises(SystemExit, match=f"{folder.name} holds no cells"):
+            write_page(folder, ["kd"])
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_a_teacher_without_cells_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_page, "save_curves", lambda *_: None)
+    results = tmp_path / "results"
+    for name in ("fashion", "fashion-sd"):
+        (results / name).mkdir(parents=True)
+    facts = {"cell": "teacher-ddim-1", "nfe": 1, "fid": 2.5, "num_images": 80, "torch": "2"}
+    (results / "fashion" / "teacher-ddim-1.json").write_text(json.dumps(facts))
+    write_page(results, ["kd"])
+    text = (tmp_path / "results.md").read_text()
+    assert "| DDIM | 1 | 2.50 |" in text
+    assert "fashion-sd" not in text

@@ -178,6 +178,7 @@ def test_two_processes_make_one_run(settings: dict[str, object], tmp_path: Path,
 def test_resume_allows_longer_and_refuses_different(tiny_run: Path) -> None:
     assert resume_config(tiny_run, {"steps": 9}, {}, {}).steps == 9
     assert resume_config(tiny_run, {"log_every": 5}, {}, {}).log_every == 5
+    assert resume_config(tiny_run, {"watch.every": 0}, {}, {}).watch.every == 0
     for change in ({"steps": 2}, {"seed": 1}, {"boot.delta": 0.2}, {"batch_size": 16}):
         with pytest.raises(UsageError, match=f"cannot change {next(iter(change))}"):
             resume_config(tiny_run, change, {}, {})
@@ -357,3 +358,18 @@ def test_the_noise_level_where_paths_begin(
 def test_paths_that_begin_with_noise_alone_begin_at_its_level() -> None:
     teacher = GaussianTeacher(MEAN, 0.5, VarianceExploding())
     assert start_time(teacher, config_of(**{"student.path_start": "noise"})) == 1.0
+
+
+def test_a_reference_is_found_from_anywhere(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("images", "teacher"):
+        (tmp_path / name).mkdir()
+    for given, kept in (
+        ("images", str(tmp_path / "images")),
+        ("inception-clean:images", f"inception-clean:{tmp_path / 'images'}"),
+        ("teacher", "teacher"),
+        ("inception-clean:teacher", "inception-clean:teacher"),
+    ):
+        assert resolve_config({**settings, "watch.reference": given}, {}, {}).watch.reference == kept

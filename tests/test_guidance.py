@@ -29,7 +29,7 @@ from bootcli.objectives.base import conditions
 from bootcli.objectives.corrector import Corrector
 from bootcli.objectives.kd import KD
 from bootcli.pipelines.requests import condition_of, sampling_scale
-from bootcli.pipelines.setup import set_up, teacher_view
+from bootcli.pipelines.setup import set_up, teacher_view, without_auto
 from bootcli.sampler import prior_noise, reference_calls, teacher_endpoint, teacher_images
 from bootcli.student import Student
 from bootcli.teachers.guided_pool import LEVELS, GuidedPool
@@ -153,7 +153,7 @@ def test_a_stored_path_keeps_its_w() -> None:
     pool = GuidedPool(Cond({"label": torch.zeros(1, dtype=torch.long)}), 1.0, 6.0)
     kd = KD(KDConfig(teacher_steps=50, solver="heun"), 0.0, guided, 0.0, 0.9, pool)
     kd.renew(torch.Generator().manual_seed(0), 4, 1, 1, CPU)
-    other = KD(KDConfig(), 0.0, guided, 0.0, 0.9, pool)
+    other = KD(KDConfig(solver="heun"), 0.0, guided, 0.0, 0.9, pool)
     other.load_state(kd.state())
     draw = other.draw(torch.Generator().manual_seed(1), 16, 1, 0.0)
     w = pool.rows(draw.rows).guidance
@@ -286,6 +286,15 @@ def test_the_view_has_all_settings() -> None:
     assert reference_calls(found, 10) == 10 + 7, "guided at the seven levels within the interval"
     baked = teacher_view(GuidedTeacher(MEAN, 0.4), DistillConfig(guidance_scale=3.0), CPU)
     assert (baked.guidance_scale, baked.levels, baked.rescale) == (3.0, 1, 0.0)
+
+
+def test_paths_of_a_guided_teacher_are_drawn_without_a_corrector() -> None:
+    teacher = GuidedTeacher(MEAN, 0.4)
+    for config, solver in ((DistillConfig(), "unipc"), (DistillConfig(guidance_scale=3.0), "multistep")):
+        found = without_auto(teacher, config, CPU)
+        assert (found.kd.solver, found.replay.solver) == (solver, solver)
+    named = DistillConfig(kd=KDConfig(solver="euler"))
+    assert without_auto(teacher, named, CPU).kd.solver == "euler"
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

@@ -25,6 +25,33 @@ def test_a_text_file(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_lines_end_as_any_system_ends_them(tmp_path: Path, name: str, end: str) -> None:
+    """Two files that were joined, each with its mark; a line that Unicode alone ends goes on."""
+    texts = ["a fox", "a\u2028hare", "a crow"]
+    lines = texts if name.endswith(".txt") else [Prompt(text).line for text in texts]
+    content = f"\ufeff{lines[0]}{end}{lines[1]}{end}\ufeff{lines[2]}{end}"
+    (tmp_path / name).write_bytes(content.encode())
+    assert [prompt.text for prompt in read_prompts(str(tmp_path / name))] == texts
+    (tmp_path / name).write_bytes(content.encode() + b"\xff")
+    with pytest.raises(UsageError, match="line 4 is not UTF-8"):
+        read_prompts(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_another_encoding_is_said(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_bytes("a fox\na hare\n".encode(encoding))
+    with pytest.raises(UsageError, match=r"Cannot read prompts from .*a\.txt: line 1 is not UTF-8\.$"):
+        read_prompts(str(tmp_path / "a.txt"))
+
+
+def test_a_folder_holds_files_and_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"Cannot read prompts from {tmp_path}: Is a directory.$") as error:
+        read_prompts(str(tmp_path))
+    assert "*.txt" in error.value.hint
+
+
 def test_json_lines_and_back(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     lines = ['{"prompt": "a fox", "negative_prompt": ""}', "", r'{"prompt": "# a ☃\u2028b\u0085c", "seed": 7}', ""]
@@ -64,6 +91,7 @@ def test_prompts_by_their_number() -> None:
         ('{"prompt": "a", "seed": 1.0}', "line 2: the seed is 1.0"),
         ('{"prompt": "a", "seed": true}', "line 2: the seed is True"),
         (r'{"prompt": "a \ud83d"}', "line 2 holds what is no character"),
+        (r'{"prompt": "a \u0000"}', "line 2 holds what is no character"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -86,6 +114,8 @@ def standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
         ("a.txt", '{"prompt": "a fox"}\n'),
         ("a.txt", '\n[{"prompt": "a fox"}]\n'),
         ("a", '[\n  "a fox"\n]\n'),
+        ("a.txt", 'a hare\n{"prompt": "a fox"}\n'),
+        ("a.txt", '# mine\n{"prompt": "a fox"}\n'),
     ],
 )
 def test_other_forms_are_not_read_as_text(tmp_path: Path, name: str, content: str) -> None:
@@ -118,6 +148,11 @@ def test_standard_input_is_utf_8_in_either_form(monkeypatch: pytest.MonkeyPatch)
     assert list(read_prompts("-")) == [Prompt("ein Fuß"), Prompt("a hare", "dogs")]
     standard_input(monkeypatch, b'\n{"prompt": "a fox"}\n')
     assert list(read_prompts("-")) == [Prompt("a fox")]
+    standard_input(monkeypatch, b"{red|blue} shoe\n")
+    assert list(read_prompts("-")) == [Prompt("{red|blue} shoe")]
+    standard_input(monkeypatch, b'a hare\n{"prompt": "a fox"}\n')
+    with pytest.raises(UsageError, match="standard input: line 2 begins like JSON"):
+        read_prompts("-")
     standard_input(monkeypatch, b"\xff")
     with pytest.raises(UsageError, match="standard input"):
         read_prompts("-")

@@ -18,7 +18,7 @@ from bootcli.config import DistillConfig, to_dict
 from bootcli.errors import BootError, UsageError
 from bootcli.store.artifact import find_artifact, load_student, save_student
 from bootcli.store.checkpoint import checkpoints, load_newest, save_checkpoint
-from bootcli.store.files import atomic_file, atomic_folder, read_json, write_json
+from bootcli.store.files import TEMPORARY, atomic_file, atomic_folder, read_json, write_json
 from bootcli.store.rundir import RunDir, default_run, newest_run
 from bootcli.store.tensors import read_tensors, write_tensors
 
@@ -257,9 +257,9 @@ def test_newest_run_is_the_one_started_last(tmp_path: Path) -> None:
 
 def test_default_runs_do_not_collide(tmp_path: Path) -> None:
     first = default_run("owner/some-model", tmp_path)
+    assert first.is_dir(), "taken"
     assert first.parent == tmp_path
     assert first.name.startswith("some-model-")
-    first.mkdir()
     assert default_run("owner/some-model", tmp_path) != first
 
 
@@ -347,3 +347,111 @@ def test_a_student_with_wrong_weights_is_refused(tiny_run: Path, tmp_path: Path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(BootError, match="not written by bootcli"):
         load_student(path)
+
+
+def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with run.locked():
+        assert run.is_locked()
+        with pytest.raises(UsageError, match="is being trained by another process"), RunDir(run.path).locked():
+            pass
+        with pytest.raises(BootError, match="it is being trained"):
+            find_artifact(run.path)
+        write_json(run.config_file, {})
+    assert [file.name for file in run.path.iterdir()] == ["config.json"]
+    assert not run.is_locked()
+    with pytest.raises(BootError, match="holds no student") as error:
+        find_artifact(run.path)
+    assert "--resume" in error.value.hint
+    with RunDir(tmp_path / "nothing").locked():
+        pass
+    assert not (tmp_path / "nothing").exists(), "a new folder that stays empty goes away"
+
+
+def test_commands_take_the_newest_run_that_has_a_student(tmp_path: Path) -> None:
+    for age, name in enumerate(["unfinished", "newer", "older"]):
+        write_json(tmp_path / name / "config.json", {})
+        os.utime(tmp_path / name / "config.json", (1000 - age, 1000 - age))
+    assert newest_run(tmp_path, with_student=True) == tmp_path / "unfinished", "which says what is missing"
+    for name in ("newer", "older"):
+        RunDir(tmp_path / name).student.parent.mkdir()
+        RunDir(tmp_path / name).student.touch()
+    assert newest_run(tmp_path, with_student=True) == tmp_path / "newer"
+    assert newest_run(tmp_path) == tmp_path / "unfinished"
+
+
+def test_overwriting_empties_what_a_link_leads_to(tmp_path: Path) -> None:
+    """Checkpoints of the earlier run on another disk are not taken for those of the new one."""
+    run, disk = RunDir(tmp_path / "run"), tmp_path / "disk"
+    save_checkpoint(disk, 900, {"x": torch.zeros(1)}, {}, keep=2)
+    (disk / ".bootcli-abc.safetensors").touch()
+    run.path.mkdir()
+    run.checkpoints.symlink_to(disk)
+    run.create(DistillConfig(teacher="fashion"), keep=False)
+    assert run.checkpoints.is_symlink()
+    assert not any(disk.iterdir())
+    (disk / ".bootcli-abc.safetensors").touch()  # of a process that was killed as it wrote
+    run.create(DistillConfig(teacher="fashion"), keep=True)
+    assert not any(disk.iterdir())
+
+
+def test_the_state_just_written_stays(tmp_path: Path) -> None:
+    for step in (800, 900, 4):
+        path = save_checkpoint(tmp_path, step, {"x": torch.zeros(1)}, {}, keep=2)
+        assert path.is_file()
+    assert len(checkpoints(tmp_path)) == 2
+    path.unlink()
+    save_checkpoint(tmp_path, 1000, {"x": torch.zeros(1)}, {}, keep=2)
+    (tmp_path / "step-00001000.safetensors").write_bytes(b"cut off")
+    with pytest.raises(BootError, match="is damaged") as error:
+        load_newest(tmp_path)
+    assert "goes on from step-00000900" in error.value.hint
+
+
+def test_lines_that_are_none_are_passed_over(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.scores_file.write_bytes(b'{"step": 1, "fid": 2.0}\n\xff\xfe\n[1]\n{"step": 2, "fi')
+    assert run.scores() == [{"step": 1, "fid": 2.0}]
+    run.trim(1)
+    assert run.scores_file.read_text() == '{"step": 1, "fid": 2.0}\n'
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "new.txt").write_text("")
+    assert (tmp_path / "link").is_symlink()
+    assert [file.name for file in (tmp_path / "real").iterdir()] == ["new.txt"]
+
+
+def test_what_was_there_comes_back_where_the_new_folder_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("")
+    replace = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if self.name.startswith(TEMPORARY):
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space"), atomic_folder(tmp_path / "out"):
+        pass
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["out", "out/old.txt"]
+
+
+def test_tensors_that_share_memory_are_written(tmp_path: Path) -> None:
+    """And a part of a larger one, alone."""
+    whole = torch.arange(12.0).reshape(4, 3)
+    write_tensors(tmp_path / "a.safetensors", {"all": whole, "again": whole, "part": whole[1:3], "row": whole.T}, {})
+    tensors, _ = read_tensors(tmp_path / "a.safetensors")
+    assert torch.equal(tensors["all"], whole)
+    assert torch.equal(tensors["again"], whole)
+    assert torch.equal(tensors["part"], whole[1:3])
+    assert torch.equal(tensors["row"], whole.T)
+    write_tensors(tmp_path / "b.safetensors", {"part": whole[1:3]}, {})
+    assert torch.equal(read_tensors(tmp_path / "b.safetensors")[0]["part"], whole[1:3])
+    assert (tmp_path / "b.safetensors").stat().st_size < 200

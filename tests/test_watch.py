@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from bootcli.engine import Engine
-from bootcli.errors import UsageError
+from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import frechet
 from bootcli.pipelines import distill as pipeline
 from bootcli.pipelines import scoring
@@ -25,6 +25,7 @@ from bootcli.pipelines.settings import resolve_config, resume_config
 from bootcli.pipelines.setup import set_up, without_auto
 from bootcli.reference import reference_for
 from bootcli.sampler import prior_noise
+from bootcli.store.artifact import load_student
 from bootcli.store.checkpoint import checkpoints
 from bootcli.store.rundir import RunDir
 from bootcli.store.tensors import read_tensors
@@ -114,7 +115,7 @@ def test_the_teachers_own_images_are_what_a_score_is_of(
     scorer = Scorer(set_up(load(config.teacher).teacher, config, engine), engine)
     assert scorer.reference is not None
     assert (scorer.reference.source, scorer.reference.statistics.num_images) == ("the teacher's own, 50 steps", 128)
-    assert drawn == [*range(2**40 + 2**41, 2**40 + 2**41 + 128)], "noise that no student is scored on"
+    assert drawn == [*range(2**31 + 2**30, 2**31 + 2**30 + 128)], "noise that no student is scored on"
     known = reference_for(scorer.work.view.teacher, None, engine.device)
     chance = frechet(scorer.reference.statistics, known.statistics)
     fresh = scorer.score(0).fid
@@ -194,6 +195,45 @@ def test_best_survives_a_resume(settings: dict[str, object], tmp_path: Path, mon
     assert finished.best is not None
     assert finished.best.step == 2
     assert all(torch.equal(kept[name], tensor) for name, tensor in load_file(RunDir(run).student).items())
+
+
+def test_a_best_student_that_is_damaged_is_not_missed(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are scores that somebody wrote over: the run ends with its last student."""
+    scores = iter([3.0, 4.0])
+    monkeypatch.setattr(Scorer, "score", lambda self, step: Score(step, next(scores), 1.0))
+    run = RunDir(tmp_path / "run")
+    list(distill(resolve_config({**settings, "steps": 2}, {}, {}), run.path))
+    run.best.write_bytes(b"cut off")
+    with run.scores_file.open("a") as file:
+        file.write('{"step": 1}\n{"step": 1, "fid": "x", "diversity": 1.0}\n')
+    *_, finished = distill(resume_config(run.path, {"steps": 4}, {}, {}), run.path, resume=True)
+    assert isinstance(finished, Finished)
+    assert finished.best is None
+    assert load_student(run.path).step == 4
+
+
+def test_a_reference_that_fails_later_costs_no_student(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(self: Scorer, step: int) -> Score:
+        raise BootError("No network.", "Try again.")
+
+    monkeypatch.setattr(Scorer, "score", unreachable)
+    *events, finished = distill(resolve_config({**settings, "steps": 2}, {}, {}), tmp_path / "run")
+    assert isinstance(finished, Finished)
+    assert "The student was not scored: No network. Try again." in [e.message for e in events if isinstance(e, Warned)]
+    assert load_student(tmp_path / "run").step == 2
+
+
+def test_a_reference_that_means_nothing_is_refused_before_the_first_update(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    for reference in ("nope", "inception-clean:nope", ""):
+        with pytest.raises(UsageError, match=f"watch.reference '?{reference}"):
+            list(distill(resolve_config({**settings, "watch.reference": reference}, {}, {}), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_best_student_of_updates_that_a_crash_took_is_not_passed_off(

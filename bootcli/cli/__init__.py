@@ -5,10 +5,12 @@ Heavy imports are inside functions, so that help and usage errors cost no torch.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, TextIO
 
 import typer
 
@@ -52,19 +54,33 @@ def root(
 def main() -> None:
     """Run the command line; every way out has its exit code."""
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
+    _open_streams()
     try:
         app()
     except BrokenPipeError:
-        _hush()
+        _hush(sys.stdout)
+    except KeyboardInterrupt:  # before a command begins; Typer takes later ones
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         fail(error)
     finally:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            _hush()
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except BrokenPipeError:
+                _hush(stream)
 
 
-def _hush() -> None:
+def _open_streams() -> None:
+    """Streams that are closed (``>&-``) lead nowhere; what one cannot encode is written as an escape."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # in this order they get the numbers 0, 1 and 2, which no other file may have
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  # open to the end
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _hush(stream: TextIO) -> None:
     """The reader of our output went away, as in ``bootcli teachers | head``: no more output, no complaint."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -49,12 +50,13 @@ def limits(text: str, flag: str) -> tuple[float, float]:
     return low, high
 
 
-def find_run(run: Path | None) -> Path:
-    """The run a command works on; the newest one, named on stderr, where it was left out. Raises `UsageError`."""
+def find_run(run: Path | None, *, with_student: bool = True) -> Path:
+    """The run a command works on; the newest one (with a student, where it takes one), named on stderr, where it was
+    left out. Raises `UsageError`."""
     from bootcli.store.rundir import newest_run
 
     if run is None:
-        run = newest_run()
+        run = newest_run(with_student=with_student)
         typer.echo(f"Using run {run}", err=True)
     if not run.exists():
         raise UsageError(f"There is no run {run}.", "Name a run folder, or leave it out for the newest in runs/.")
@@ -106,16 +108,17 @@ def debugging() -> bool:
 
 def fail(error: Exception) -> NoReturn:
     """Say what went wrong on stderr and leave with its exit code."""
-    if debugging():
-        import traceback
-
-        traceback.print_exception(error)
     report = _explain(error)
-    if not isinstance(error, Interrupted):
-        typer.secho("Error: ", fg=typer.colors.RED, bold=True, nl=False, err=True, color=_color())
-    typer.echo(report.message, err=True)
-    if report.hint:
-        typer.echo(report.hint, err=True)
+    with suppress(OSError):  # where nobody reads stderr any more, the exit code says it
+        if debugging():
+            import traceback
+
+            traceback.print_exception(error)
+        if not isinstance(error, Interrupted):
+            typer.secho("Error: ", fg=typer.colors.RED, bold=True, nl=False, err=True, color=_color())
+        typer.echo(report.message, err=True)
+        if report.hint:
+            typer.echo(report.hint, err=True)
     sys.exit(report.exit_code)
 
 
@@ -127,11 +130,21 @@ def _explain(error: Exception) -> BootError:
         return BootError(f"{DISK_FULL}{name}.", "Free some space; a run with a checkpoint goes on with --resume.")
     if isinstance(error, OSError) and error.filename and error.strerror:
         return BootError(f"{error.filename}: {error.strerror}.", "Choose a place that can be read and written.")
-    if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported for this
-        hint = "What takes it, and what would make it smaller, says: bootcli distill --dry-run"
-        return BootError(f"The device has not enough memory: {str(error).splitlines()[0]:.200}", hint)
+    if _is_out_of_memory(error):
+        first, *_ = str(error).splitlines() or ["out of memory"]
+        return BootError(
+            f"The device has not enough memory: {first:.200}",
+            "Take a smaller --batch-size; what a training takes, and what would make it smaller, says: "
+            "bootcli distill --dry-run",
+        )
     hint = "" if debugging() else "This should not happen. Please report it with the traceback of: bootcli --debug ..."
     return BootError(f"unexpected {type(error).__name__}: {error}", hint)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of a GPU or of the machine; torch, which says so in words, is not imported for this."""
+    words = ("out of memory", "DefaultCPUAllocator")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
 def _color() -> bool | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bootcli.cli.common import find_run, integers, limits, pixels, print_json, to_toml
-from bootcli.cli.options import Device, JsonOption, MixedPrecision, examples, recipe
+from bootcli.cli.options import Device, JsonOption, MixedPrecision, at_home, examples, recipe
 from bootcli.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ OutputOption = Annotated[
         metavar="DIR",
         help="Run folder.",
         show_default="runs/<teacher>-<time>",
+        callback=at_home,
         rich_help_panel=RUN,
     ),
 ]
@@ -177,7 +179,8 @@ CheckpointOption = Annotated[
     ),
 ]
 ConfigOption = Annotated[
-    Path | None, typer.Option(metavar="FILE.toml", help="File of settings.", rich_help_panel=SETTINGS)
+    Path | None,
+    typer.Option(metavar="FILE.toml", help="File of settings.", callback=at_home, rich_help_panel=SETTINGS),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -241,15 +244,22 @@ def distill(
     if resume:
         if overwrite or dry_run:
             raise UsageError("--resume goes with neither --overwrite nor --dry-run.")
-        run = find_run(output)
+        run = find_run(output, with_student=False)
     else:
+        if overwrite and output is None:
+            raise UsageError("--overwrite needs --output: by default each run has a folder of its own.")
         registry.resolve(settings.teacher)
+        if output is not None:
+            RunDir(output).check_free(overwrite=overwrite)
+        if dry_run:
+            return _estimate(layers, as_json=as_json)
         run = output or default_run(settings.teacher)
-        RunDir(run).check_free(overwrite=overwrite)
-    if dry_run:
-        _estimate(layers, as_json=as_json)
-    else:
-        _train(layers, run, resume=resume, overwrite=overwrite, as_json=as_json)
+    try:
+        return _train(layers, run, resume=resume, overwrite=overwrite, as_json=as_json)
+    finally:
+        if output is None:
+            with suppress(OSError):
+                run.rmdir()  # one that stayed empty
 
 
 def _layers(params: Mapping[str, object], file: Path | None, overrides: list[str] | None) -> Layers:

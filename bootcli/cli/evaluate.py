@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from bootcli.cli.options import (
     ResolutionOption,
     RunArgument,
     SeedOption,
+    at_home,
     examples,
 )
 from bootcli.errors import BootError, UsageError
@@ -46,10 +48,18 @@ ReferenceOption = Annotated[
 ]
 SaveReferenceOption = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Keep statistics and features (.safetensors) as a later --reference."),
+    typer.Option(
+        metavar="FILE", help="Keep statistics and features (.safetensors) as a later --reference.", callback=at_home
+    ),
 ]
+TEACHER_STEPS = "4,10,50"
 TeacherStepsOption = Annotated[
-    str, typer.Option(metavar="4,10,50", help="Steps of the teacher beside the student; '' for none.")
+    str | None,
+    typer.Option(
+        metavar=TEACHER_STEPS,
+        help="Steps of the teacher beside the student; '' for none.",
+        show_default=TEACHER_STEPS,
+    ),
 ]
 NfeOption = Annotated[
     str, typer.Option(metavar="1,2,4", help="Network calls of the student, if it was trained to refine.")
@@ -77,14 +87,14 @@ def evaluate(
     resolution: ResolutionOption = None,
     guidance_scale: GuidanceOption = None,
     nfe: NfeOption = "1",
-    teacher_steps: TeacherStepsOption = "4,10,50",
+    teacher_steps: TeacherStepsOption = None,
     max_fid: MaxOption = None,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Measure the one-step student beside its teacher at several step counts, with the same seeds and reference."""
-    steps = integers(teacher_steps or None, "--teacher-steps") or ()
+    steps = integers((TEACHER_STEPS if teacher_steps is None else teacher_steps) or None, "--teacher-steps") or ()
     if any(count < 1 for count in steps):
         raise UsageError(f"--teacher-steps {teacher_steps}: a sampler takes at least 1 step.")
     calls = integers(nfe, "--nfe") or ()
@@ -93,8 +103,15 @@ def evaluate(
     metrics = tuple(metric or ("fid",))
     if unknown := [name for name in metrics if name not in COLUMNS]:
         raise UsageError(f"--metric {unknown[0]}: there is no such metric.", f"There are: {', '.join(COLUMNS)}")
+    if max_fid is not None and math.isnan(max_fid):
+        raise UsageError("--max-fid nan: expected a number.")
     if max_fid is not None and "fid" not in metrics:
         raise UsageError("--max-fid needs the FID.", "Add --metric fid.")
+    if teacher_steps and set(metrics) == {"paired"}:
+        raise UsageError(
+            "--teacher-steps: --metric paired alone takes no numbers of the teacher.",
+            "Leave it out, or add --metric fid.",
+        )
     size = pixels(resolution)
     run = find_run(run)
     from bootcli import ui

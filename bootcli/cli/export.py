@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bootcli.cli.common import find_run, print_json
-from bootcli.cli.options import JsonOption, OverwriteOption, RunArgument, examples
+from bootcli.cli.options import JsonOption, OverwriteOption, RunArgument, at_home, examples
 
 EXAMPLES = examples("bootcli export", "bootcli export runs/mine --format diffusers --output my-student")
 
@@ -19,7 +19,8 @@ FormatOption = Annotated[
     ),
 ]
 OutputOption = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Folder to write.", show_default="RUN/export/<format>")
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder to write.", show_default="RUN/export/<format>", callback=at_home),
 ]
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from bootcli.paths import expanded
+
 Device = Literal["auto", "cpu", "cuda", "mps"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
 
@@ -21,6 +23,11 @@ def examples(*commands: str) -> str:
 def recipe(default: object) -> str:
     """How help shows the default of a setting that a teacher's recipe may change."""
     return f"recipe or {default}"
+
+
+def at_home(path: Path | None) -> Path | None:
+    """A path with ``~`` replaced, which a shell does in ``--output ~/x`` and not in ``--output=~/x``."""
+    return path and expanded(str(path))
 
 
 RunArgument = Annotated[

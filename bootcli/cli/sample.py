@@ -18,6 +18,7 @@ from bootcli.cli.options import (
     ResolutionOption,
     RunArgument,
     SeedOption,
+    at_home,
     examples,
 )
 from bootcli.errors import UsageError
@@ -41,7 +42,8 @@ PromptOption = Annotated[
     typer.Option(metavar="TEXT", help="What to draw; several take turns.", show_default="the run's prompts in turn"),
 ]
 OutputOption = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Where the images go.", show_default="RUN/samples")
+    Path | None,
+    typer.Option(metavar="DIR", help="Where the images go.", show_default="RUN/samples", callback=at_home),
 ]
 NfeOption = Annotated[
     int, typer.Option(metavar="N", min=1, help="Network calls for each image; above 1 for a student trained to refine.")

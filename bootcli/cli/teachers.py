@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bootcli.cli.common import print_json
-from bootcli.cli.options import JsonOption, examples
+from bootcli.cli.options import JsonOption, at_home, examples
 from bootcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +25,11 @@ TeacherArgument = Annotated[
 
 ConvertOption = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Write it as a new file in its family's own form, which cannot run code."),
+    typer.Option(
+        metavar="FILE",
+        help="Write it as a new file in its family's own form, which cannot run code.",
+        callback=at_home,
+    ),
 ]
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from bootcli.maths.broadcast import like
 from bootcli.maths.schedule import Coefficients, Schedule
 
-Solver = Literal["euler", "midpoint", "heun", "multistep"]
+Solver = Literal["euler", "midpoint", "heun", "multistep", "unipc"]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """f(x_t, t): x_t of shape (b, ...), t of shape (b,), returns x_0 of shape (b, ...)."""
 Known = tuple[Tensor, Tensor]
@@ -102,7 +102,7 @@ def solve_step(
     match solver:
         case "euler":
             pass
-        case "midpoint" | "multistep":  # one step has no earlier ones to learn from
+        case "midpoint" | "multistep" | "unipc":  # one step has no earlier ones to learn from
             half_way = _half_way(denoiser, schedule, y_t, eps, f, t, s)
             f = _mean(schedule, t, s, [(t, f), half_way])
         case "heun":
@@ -138,10 +138,11 @@ def follow(
 ) -> Iterator[Tensor]:
     """The signal at each of the ``times`` but the first, where it is ``y``.
 
-    ``multistep`` (order 3, one evaluation a step and one more) is UniPC of order 2 (Zhao et al. 2023, arXiv 2302.04867)
-    for this f: a step takes f to be linear through the starts of this step and of the one before; the evaluation at
-    its end, which the next step needs anyway, makes that a parabola, and the step is taken again. The first step is
-    midpoint's, and the last one, whose end is not evaluated, stays as it is.
+    ``multistep`` (order 2, one evaluation a step and one more) takes f to be linear through the starts of a step and of
+    the one before; its first step is midpoint's. ``unipc`` (order 3) is UniPC of order 2 (Zhao et al. 2023, arXiv
+    2302.04867) for this f, at the same cost: the evaluation at the end of a step, which the next one needs anyway,
+    makes that line a parabola, and the step is taken again; all but the last one, whose end is not evaluated. Guidance
+    makes f less smooth than a parabola needs.
 
     Args:
         denoiser: f(x_t, t).
@@ -149,8 +150,8 @@ def follow(
         eps: the path's own noise, shape (b, ...).
         times: falling, each of shape (b,).
     """
-    if solver == "multistep":
-        yield from _multistep(denoiser, schedule, y, eps, times)
+    if solver in ("multistep", "unipc"):
+        yield from _multistep(denoiser, schedule, y, eps, times, corrects=solver == "unipc")
         return
     for t, s in pairwise(times):
         y = solve_step(denoiser, schedule, y, eps, t, s, solver)
@@ -158,7 +159,7 @@ def follow(
 
 
 def _multistep(
-    denoiser: Denoiser, schedule: Schedule, y: Tensor, eps: Tensor, times: Sequence[Tensor]
+    denoiser: Denoiser, schedule: Schedule, y: Tensor, eps: Tensor, times: Sequence[Tensor], *, corrects: bool
 ) -> Iterator[Tensor]:
     """See `follow`."""
 
@@ -170,7 +171,8 @@ def _multistep(
     for t, s in pairwise(times):
         f = denoiser(from_signal(y, eps, schedule(t)), t)
         if known:
-            y = step(y_before, before, t, [(t, f), *known])
+            if corrects:
+                y = step(y_before, before, t, [(t, f), *known])
             yield y
             known = [(t, f), known[0]]
         else:

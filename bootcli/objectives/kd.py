@@ -70,6 +70,8 @@ class KD(Objective[KDDraw]):
         self.t_max = t_max
         self.pool = pool
         shape, points = teacher.teacher.spec.sample_shape, config.points
+        assert config.solver != "auto", "resolved"
+        self._solver = config.solver
         self._steps = math.ceil(config.teacher_steps / points)  # from a point to the next
         falling = torch.linspace(1, 0, self._steps * points + 1, dtype=torch.float64) ** config.step_power
         self._grid = t_min + (t_max - t_min) * falling
@@ -119,7 +121,7 @@ class KD(Objective[KDDraw]):
         times = [t.expand(len(eps)) for t in self._grid]
         with engine.autocast():
             y = self.teacher.start_of_path(eps, cond, self.t_max)
-            path = follow(denoiser, self.teacher.schedule, y, eps, times, self.config.solver)
+            path = follow(denoiser, self.teacher.schedule, y, eps, times, self._solver)
             return torch.stack([*islice(path, self._steps - 1, None, self._steps)], 1)
 
     def _store(self, eps: Tensor, rows: Tensor, points: Tensor) -> None:

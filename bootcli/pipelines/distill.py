@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from shlex import quote
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from bootcli.config import DistillConfig
@@ -29,7 +32,7 @@ from bootcli.pipelines.events import (
 )
 from bootcli.pipelines.scoring import FIRST_SEED, Scorer
 from bootcli.pipelines.setup import Distillation, facts_of, set_up
-from bootcli.prompts import read_prompts
+from bootcli.prompts import Prompts, read_prompts
 from bootcli.reference import is_own
 from bootcli.sampler import prior_noise, teacher_endpoint
 from bootcli.signals import watch_signals
@@ -69,6 +72,12 @@ def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite
     if not resume:
         rundir.check_free(overwrite=overwrite)
     engine = Engine(config.device, config.mixed_precision)
+    engine.wait()  # every process has looked at the folder
+    with rundir.locked() if engine.is_main else nullcontext():
+        yield from _distill(config, rundir, engine, resume=resume)
+
+
+def _distill(config: DistillConfig, rundir: RunDir, engine: Engine, *, resume: bool) -> Iterator[Event]:
     loaded = load(config.teacher)
     prompts = None
     if loaded.teacher.spec.conditioning == "text":  # kept with the run: their file may change, standard input is gone
@@ -77,8 +86,8 @@ def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite
     trainer = Trainer(work, work.config, engine)
     work = dataclasses.replace(work, config=trainer.config)
     if resume:
-        _restore(trainer, rundir)
-    engine.wait()  # every process has looked at the folder
+        _restore(trainer, rundir, prompts)
+    engine.wait()  # every process has read what it goes on from
     if engine.is_main:
         if resume:
             rundir.trim(trainer.step)
@@ -90,19 +99,21 @@ def distill(config: DistillConfig, run: Path, *, resume: bool = False, overwrite
     session = Session(rundir, work, trainer, loaded.family.name, engine)
     events = session.events()
     if engine.is_main:
-        yield Started(run, facts_of(work, loaded.origin, engine), trainer.step, config.steps)
+        yield Started(rundir.path, facts_of(work, loaded.origin, engine), trainer.step, config.steps)
         yield from events
     else:  # the other processes compute, and say nothing
         for _ in events:
             pass
 
 
-def _restore(trainer: Trainer, rundir: RunDir) -> None:
+def _restore(trainer: Trainer, rundir: RunDir, prompts: Prompts | None) -> None:
     tensors, facts = load_newest(rundir.checkpoints)
+    if prompts is not None and facts.get("prompts", prompts.digest) != prompts.digest:  # an older state has none
+        raise BootError(f"{rundir.prompts} is not what this run began with.", "Put it back, or start a new run.")
     try:
         trainer.load_state(tensors, facts)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise BootError(f"The checkpoint in {rundir.checkpoints} does not fit this run: {error}.") from error
+        raise BootError(f"The checkpoint in {rundir.checkpoints} does not fit this run: {error!s:.300}.") from error
 
 
 class Session:
@@ -117,13 +128,14 @@ class Session:
         self.config = work.config
         self._teacher_samples: Tensor | None = None
         self._previewed = -1
-        self._watch = Watch([Score(**line) for line in rundir.scores()])  # type: ignore[arg-type]
+        self._watch = Watch([])
         self._scorer: Scorer | None = None
         self._encoded_to = 0
 
     def events(self) -> Iterator[Event]:
         """Train to the end, or to the signal that stops it."""
         began, first, ended_by = time.perf_counter(), self.trainer.step, "steps"
+        self._watch = Watch(self._scores())
         for name, companion in self.trainer.companions.items():
             quiet, keys = companion.settings.start + companion.settings.warmup, SETTINGS_OF[name]
             if self.config.steps <= quiet:
@@ -147,7 +159,7 @@ class Session:
                     yield self._checkpoint()
                     raise Interrupted(
                         f"Stopped at step {self.trainer.step}; the state is saved in {self.rundir.checkpoints}.",
-                        f"Go on with: bootcli distill --resume --output {self.rundir.path}",
+                        f"Go on with: bootcli distill --resume --output {quote(str(self.rundir.path))}",
                         signum=ending,
                     )
                 try:
@@ -212,8 +224,22 @@ class Session:
         if config.watch.every and report.step % config.watch.every == 0:
             yield from self._score()
 
+    def _scores(self) -> list[Score]:
+        """Those of the run so far; lines of something else are passed over."""
+        scores = []
+        for line in self.rundir.scores():
+            with suppress(ValidationError):
+                scores.append(TypeAdapter(Score).validate_python(line))
+        return scores
+
     def _score(self) -> Iterator[Event]:
-        """Measure the student; keep it where it is the best so far."""
+        """Measure the student; keep it where it is the best so far. A reference that fails is no reason to stop."""
+        try:
+            yield from self._measure()
+        except BootError as error:
+            yield Warned(self.trainer.step, f"The student was not scored: {error.message} {error.hint}".strip())
+
+    def _measure(self) -> Iterator[Event]:
         step = self.trainer.step
         if not self.engine.is_main or any(score.step == step for score in self._watch.scores):
             return
@@ -237,23 +263,25 @@ class Session:
             raise BootError(f"The weights are not finite after step {self.trainer.step}: no student is written.", AGAIN)
         if self.trainer.step > first:
             yield self._checkpoint()
+        if self.engine.is_main:
+            self._save(self.rundir.student)  # before what may fail
         if self.config.watch.every:
             yield from self._score()
         best = self._watch.best
         if best is not None and best.step < self.trainer.step and self._best_step() != best.step:
             best = None
-        if self.engine.is_main:
-            if best is not None and best.step < self.trainer.step:
-                copy_file(self.rundir.best, self.rundir.student)
-            else:
-                self._save(self.rundir.student)
+        if self.engine.is_main and best is not None and best.step < self.trainer.step:
+            copy_file(self.rundir.best, self.rundir.student)
         yield from self._preview()  # last: pictures may fail
         seconds = time.perf_counter() - began
         yield Finished(self.rundir.path, self.rundir.student, self.trainer.step, seconds, ended_by, best)
 
     def _best_step(self) -> object:
         """Updates of the best student that is kept: after a crash it may be a later one than the scores know of."""
-        return read_tensors(self.rundir.best)[1].get("step") if self.rundir.best.is_file() else None
+        try:
+            return read_tensors(self.rundir.best)[1].get("step") if self.rundir.best.is_file() else None
+        except BootError:
+            return None
 
     def _save(self, path: Path) -> None:
         weights = self.trainer.ema.weights
@@ -265,6 +293,7 @@ class Session:
         path = self.rundir.checkpoints / f"step-{step:08d}.safetensors"
         if self.engine.is_main:
             tensors, facts = self.trainer.state()
+            facts["prompts"] = self.work.prompts and self.work.prompts.prompts.digest
             path = save_checkpoint(self.rundir.checkpoints, step, tensors, facts, self.config.keep_checkpoints)
         return Saved(step, path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -71,7 +72,7 @@ def evaluate(
         teacher_steps: numbers of steps of the reference sampler to measure the teacher at.
         batch_size: images drawn at a time; changes the result by rounding at most.
         device: where to compute.
-        save_reference: a .safetensors file to keep the reference in, for later use as ``reference``.
+        save_reference: a new .safetensors file to keep the reference in, for later use as ``reference``.
         progress: called after each batch.
 
     Returns:
@@ -121,6 +122,7 @@ def evaluate(
         t_max=t_max,
         progress=progress,
     )
+    notes = _notes(bench, num_images, asked)
     students = [bench.of_student(times) for times in starts]
     result: dict[str, object] = {
         "metrics": list(wanted),
@@ -139,11 +141,21 @@ def evaluate(
         "run": str(run),
         "training_steps": artifact.step,
         "seconds": round(time.perf_counter() - began, 2),
-        "notes": _notes(bench, num_images, asked),
+        "notes": notes,
     }
     if run.is_dir():
-        write_json(RunDir(run).evaluations / f"{'-'.join(wanted)}-{time.strftime('%Y%m%d-%H%M%S')}.json", result)
+        try:
+            _keep(RunDir(artifact.home).evaluations, "-".join(wanted), result)
+        except OSError as error:  # what took so long to measure is told all the same
+            notes.append(f"These numbers were not kept in the run: {error.strerror}.")
     return result
+
+
+def _keep(folder: Path, name: str, result: dict[str, object]) -> None:
+    """Write a result beside earlier ones."""
+    base = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
+    write_json(next(path for each in names if not (path := folder / f"{each}.json").exists()), result)
 
 
 def _wanted(metrics: Sequence[str]) -> tuple[str, ...]:
@@ -168,6 +180,8 @@ def _check_reference(
         raise UsageError("--metric paired compares with the teacher alone: no reference is read.", "Add --metric fid.")
     if save_reference is not None and save_reference.suffix != ".safetensors":
         raise UsageError(f"{save_reference}: statistics are kept in a .safetensors file.", "Change the file's ending.")
+    if save_reference is not None and save_reference.exists():
+        raise UsageError(f"{save_reference} is there already.", "Choose another name for --save-reference.")
     if "pr" in metrics and num_images <= NEIGHBOURS:
         raise UsageError(f"--num-images {num_images}: precision and recall need more than {NEIGHBOURS} images.")
 

@@ -39,9 +39,12 @@ def sampling_scale(config: DistillConfig, wanted: float | None) -> float | None:
 
 def class_pool(teacher: Teacher, config: DistillConfig) -> Cond:
     """All conditions that a run distils of a teacher without words."""
-    if teacher.spec.conditioning == "class":
-        return teacher.condition(list(config.classes or range(teacher.spec.num_classes)))
-    return Cond()
+    return teacher.condition(_labels(teacher, config)) if teacher.spec.conditioning == "class" else Cond()
+
+
+def _labels(teacher: Teacher, config: DistillConfig) -> list[int]:
+    """The classes that a run distils of a teacher that has some."""
+    return list(range(teacher.spec.num_classes) if config.classes is None else config.classes)
 
 
 def check_requests(teacher: Teacher, config: DistillConfig) -> None:
@@ -107,7 +110,7 @@ def request_of(
 ) -> Callable[[int], dict[str, str]]:
     """What the image of a seed was asked for, in words; as `condition_of` conditions it. ``prompts``: `prompts_of`."""
     if teacher.spec.conditioning == "class":
-        labels = [class_label] if class_label is not None else list(config.classes or range(teacher.spec.num_classes))
+        labels = _labels(teacher, config) if class_label is None else [class_label]
         return lambda seed: {"class": str(labels[seed % len(labels)])}
     return lambda seed: {} if prompts is None else {"prompt": prompts.in_turn(seed).text}
 
@@ -137,7 +140,7 @@ def labels_of(
     """
     if (prompts := prompts_of(teacher, config, prompts)) is not None:
         return lambda seeds: torch.tensor([class_in(prompts.in_turn(seed).text, words) for seed in seeds])
-    pool = torch.tensor(list(config.classes or range(teacher.spec.num_classes)))
+    pool = torch.tensor(_labels(teacher, config))
     return lambda seeds: pool[torch.tensor(list(seeds)) % len(pool)]
 
 

@@ -17,7 +17,7 @@ from bootcli import __version__
 from bootcli.config import Device
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
-from bootcli.images import enlarge, grid, save_png
+from bootcli.images import GRID, enlarge, grid, save_png
 from bootcli.pipelines.requests import condition_of, prompts_of, request_of, sampling_scale, seed_of
 from bootcli.pipelines.setup import refinement_starts, teacher_view
 from bootcli.prompts import Prompt, Prompts
@@ -181,12 +181,12 @@ def _write(drawing: _Drawing, folder: Path, seeds: range, progress: Callable[[in
         if progress is not None:
             progress(len(files), len(seeds))
     picture = enlarge(grid(torch.stack(tiles)), max(1, VISIBLE // tiles[0].shape[-1]))
-    save_png(picture, folder / "grid.png", _facts(drawing))
+    save_png(picture, folder / GRID, _facts(drawing))
     total = time.perf_counter() - began
     return Sampled(
         output=folder,
         files=tuple(files),
-        grid=folder / "grid.png",
+        grid=folder / GRID,
         nfe=drawing.nfe,
         seconds=drawn,
         write_seconds=total - drawn,

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from bootcli.config import RESUMABLE, DistillConfig, check_recipe, differences, flatten, resolve, to_dict
+from bootcli.config import OWN_IMAGES, RESUMABLE, DistillConfig, check_recipe, differences, flatten, resolve, to_dict
 from bootcli.errors import BootError, UsageError
+from bootcli.paths import expanded
+from bootcli.store.files import read_json
 from bootcli.store.rundir import RunDir
 from bootcli.teachers import registry
+
+RECIPE = "recipe.json"
+"""Settings in a teacher's folder, which may be a stranger's."""
 
 
 def resolve_config(
@@ -20,6 +26,8 @@ def resolve_config(
     recipe = registry.load(name).teacher.recipe()
     try:
         check_recipe(recipe)
+        if "prompts" in recipe:
+            _check_no_prompts(registry.locate(name) / RECIPE)
     except UsageError as error:
         raise BootError(f"The recipe of the teacher {name} is broken: {error.message}", error.hint) from error
     # One w or a range of it: where the user chose one of them, the recipe's other has no say.
@@ -28,6 +36,12 @@ def resolve_config(
     dropped = {other[key] for key in named & other.keys()}
     recipe = {key: value for key, value in recipe.items() if key not in dropped}
     return _whole_paths(resolve(flags, overrides, file, recipe))
+
+
+def _check_no_prompts(file: Path) -> None:
+    """Raise `UsageError` where a folder's recipe names prompts, which may be any file of the user; code may."""
+    if file.is_file() and "prompts" in read_json(file):
+        raise UsageError("prompts is for the user to say.", f"Take it out of {RECIPE}.")
 
 
 def resume_config(
@@ -64,12 +78,19 @@ def _whole_paths(config: DistillConfig) -> DistillConfig:
     """Paths are stored whole, so that the run can be used from anywhere."""
 
     def whole(path: str) -> str:
-        regular = Path(path).is_file() or Path(path).is_dir()  # a pipe has no other name than the one it was given
-        return str(Path(path).resolve()) if regular else path
+        found = expanded(path)
+        regular = found.is_file() or found.is_dir()  # a pipe has no other name than the one it was given
+        return str(found.resolve()) if regular else path
 
-    teacher = registry.resolve(config.teacher)
+    def whole_reference(reference: str) -> str:  # "inception-clean:PATH"; the word for the teacher's own is no path
+        prefix = match[0] if (match := re.match(r"inception-\w+:", reference)) else ""
+        path = reference.removeprefix(prefix)
+        return reference if path == OWN_IMAGES else prefix + whole(path)
+
+    teacher, reference = registry.resolve(config.teacher), config.watch.reference
     return dataclasses.replace(
         config,
+        watch=dataclasses.replace(config.watch, reference=reference and whole_reference(reference)),
         teacher=whole(config.teacher) if teacher.origin == registry.LOCAL else config.teacher,
         prompts=config.prompts and whole(config.prompts),
         init_from=config.init_from and whole(config.init_from),

@@ -11,7 +11,7 @@ import torch
 
 from bootcli.batch import Work
 from bootcli.conditions import PromptPool
-from bootcli.config import DistillConfig, differences
+from bootcli.config import OWN_IMAGES, DistillConfig, Solver, differences
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.judge import Features, make_judge
@@ -26,8 +26,8 @@ from bootcli.objectives.refiner import Refiner
 from bootcli.pipelines.networks import adversary_beside, check_lora, check_memory, head_of, make_networks, try_half
 from bootcli.pipelines.requests import check_requests, class_pool, guided_by, in_turn, prompts_of, sampling_scale
 from bootcli.prompts import Prompts
-from bootcli.reference import OWN_IMAGES
-from bootcli.sampler import CondOf, prior_noise
+from bootcli.reference import check_reference
+from bootcli.sampler import CondOf, prior_noise, reference_times
 from bootcli.store.artifact import load_student
 from bootcli.student import Student
 from bootcli.teachers.guided_pool import LEVELS, GuidedPool
@@ -129,14 +129,22 @@ def set_up(
     """
     if config.watch.patience and not (config.watch.every and (config.watch.reference or teacher.feature_space())):
         raise UsageError("watch.patience counts scores.", "Set watch.every and watch.reference, or leave it out.")
+    if config.watch.every and config.watch.reference is not None:
+        check_reference(teacher, config.watch.reference, "watch.reference")
     check_requests(teacher, config)
     texts, negative = None, None
     if (wanted := prompts_of(teacher, config, prompts)) is not None:
+        if fresh and wanted.own_negatives and not config.guided:  # an earlier run goes on as it began
+            raise UsageError(
+                "--prompts: without guidance nothing leads away from its negative prompts.",
+                "Add --guidance-scale 7.5, or take them out.",
+            )
         texts = PromptPool(teacher, wanted, config.negative_prompt, guided=config.guided)
         negative = texts.negative()
     pool: Conditions = class_pool(teacher, config) if texts is None else texts
     shown = guided_by(in_turn(pool), sampling_scale(config, None))
     view = teacher_view(teacher, config, engine, negative=negative)
+    _check_previews(view, config.preview_teacher_steps)
     t_max = start_time(teacher, config)
     config = without_auto(teacher, config, engine)
     beside = adversary_beside(config)
@@ -193,6 +201,14 @@ def set_up(
     )
 
 
+def _check_previews(view: TeacherView, steps: int) -> None:
+    """Raise `UsageError` for previews of more steps than the teacher has timesteps."""
+    try:
+        reference_times(view, steps)
+    except UsageError as error:
+        raise UsageError(f"preview_teacher_steps = {steps}: {error.message}", error.hint) from error
+
+
 def facts_of(work: Distillation, origin: str, engine: Engine) -> dict[str, str]:
     """What the user is told of a run."""
     config, spec = work.config, work.view.teacher.spec
@@ -229,6 +245,9 @@ def without_auto(teacher: Teacher, config: DistillConfig, engine: Engine) -> Dis
         start_t = 0.5 if head == "x0" else 1.0
     if config.student.lora_rank and start_t != 1.0:
         raise UsageError("student.start_t: a LoRA starts as the teacher, whose weights it shares.", "Leave it out.")
+    solver: Solver = "multistep" if config.guided else "unipc"
+    kd = replace(config.kd, solver=solver) if config.kd.solver == "auto" else config.kd
+    replay = replace(config.replay, solver=solver) if config.replay.solver == "auto" else config.replay
     reference = config.watch.reference
     if reference is None and config.guided and teacher.feature_space() is not None:
         reference = OWN_IMAGES
@@ -238,6 +257,8 @@ def without_auto(teacher: Teacher, config: DistillConfig, engine: Engine) -> Dis
         watch=dataclasses.replace(config.watch, reference=reference),
         student=dataclasses.replace(config.student, head=head, start_t=start_t, max_gain=max_gain_of(teacher, config)),
         boot=dataclasses.replace(config.boot, weight=weight),
+        kd=kd,
+        replay=replay,
         corrector=config.objective == "freeflow" if config.corrector is None else config.corrector,
     )
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import cast, get_args
 
 import torch
@@ -95,8 +96,12 @@ def find_artifact(run: Path) -> Path:
         if path.is_file():
             return path
     if not run.exists():
-        raise BootError(f"{run} does not exist.", "Name a run folder, or leave it out for the newest one.")
-    hint = "The run has not finished; go on with: bootcli distill --resume --output " + str(run)
+        raise BootError(f"{run} does not exist.", "Name a run folder.")
+    if RunDir(run).is_locked():
+        best = RunDir(run).best
+        hint = f"Its best student so far is {best}." if best.is_file() else "Wait for it."
+        raise BootError(f"{run} holds no student yet: it is being trained.", hint)
+    hint = f"The run has not finished; go on with: bootcli distill --resume --output {quote(str(run))}"
     raise BootError(f"{run} holds no student.", hint if RunDir(run).config_file.exists() else "Name a run folder.")
 
 
@@ -104,6 +109,8 @@ def load_student(run: Path) -> Artifact:
     """Load a student for sampling. Raises `BootError` for a missing, damaged or foreign file."""
     path = find_artifact(run)
     tensors, header = read_tensors(path)
+    if "balance" in header:
+        raise BootError(f"{path} is a training state, not a student.", "Name its run folder.")
     if header.get("format") != FORMAT:
         raise BootError(f"{path} has format {header.get('format')}; this version reads {FORMAT}.", "Update bootcli.")
     try:

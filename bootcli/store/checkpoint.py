@@ -14,10 +14,11 @@ from bootcli.store.tensors import read_tensors, write_tensors
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, object], keep: int
 ) -> Path:
-    """Write ``folder/step-<step>.safetensors`` and delete all but the newest ``keep``."""
+    """Write ``folder/step-<step>.safetensors`` and delete others, the oldest first, until ``keep`` are left."""
     path = folder / f"step-{step:08d}.safetensors"
     write_tensors(path, tensors, facts)
-    for old in checkpoints(folder)[:-keep]:
+    others = [each for each in checkpoints(folder) if each != path]
+    for old in others[: max(0, len(others) + 1 - keep)]:
         old.unlink()
     return path
 
@@ -32,4 +33,9 @@ def load_newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     found = checkpoints(folder)
     if not found:
         raise BootError(f"No checkpoint in {folder}.", "Start again with --overwrite.")
-    return read_tensors(found[-1])
+    try:
+        return read_tensors(found[-1])
+    except BootError as error:
+        if len(found) == 1:
+            raise
+        raise BootError(error.message, f"Delete it, and the run goes on from {found[-2].name}.") from error

@@ -12,17 +12,24 @@ from pathlib import Path
 
 from bootcli.errors import BootError, UsageError
 
+_MASK = os.umask(0)  # which can be asked for in no other way
+os.umask(_MASK)
+
+
+TEMPORARY = ".bootcli-"
+"""What the names of unfinished files and folders begin with; one that stays was left by a crash."""
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)  # mkstemp's 0600 would hide the file from the group
+        temporary.chmod(0o666 & ~_MASK)  # mkstemp's 0600 would hide the file from the group
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -31,16 +38,22 @@ def atomic_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its place when the block succeeds; an old one is replaced."""
+    path = path.resolve()  # what a link leads to, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=TEMPORARY))
     try:
         yield temporary
-        temporary.chmod(0o755)
+        temporary.chmod(0o777 & ~_MASK)
         if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=TEMPORARY))
             path.replace(old / path.name)  # not onto it: Windows replaces no folder, not even an empty one
-            temporary.replace(path)
-            shutil.rmtree(old)
+            try:
+                temporary.replace(path)
+            except BaseException:
+                (old / path.name).replace(path)
+                raise
+            finally:
+                shutil.rmtree(old)
         else:
             temporary.replace(path)
     finally:

@@ -11,17 +11,20 @@ samples/, evaluations/, export/: what the other commands make of it
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from bootcli.config import DistillConfig, from_dict, to_dict
 from bootcli.errors import BootError, UsageError
-from bootcli.store.files import atomic_file, check_free, read_json, write_json
+from bootcli.store.files import TEMPORARY, atomic_file, check_free, read_json, write_json
 
 RUNS = Path("runs")
 
@@ -51,6 +54,47 @@ class RunDir:
     def scores_file(self) -> Path:
         """One JSON object per score."""
         return self.path / "scores.jsonl"
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / ".lock"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process trains here; a new folder that stays empty goes away. Raises `UsageError` where one
+        does."""
+        from filelock import FileLock, Timeout
+
+        is_new = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._lock)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(
+                f"{self.path} is being trained by another process.", "Wait for it, or choose another --output."
+            ) from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows deletes it as it is released
+                self._lock.unlink()
+            lock.release()
+            if is_new:
+                with suppress(OSError):
+                    self.path.rmdir()
+
+    def is_locked(self) -> bool:
+        """Whether a process trains here."""
+        from filelock import FileLock, Timeout
+
+        try:
+            with FileLock(self._lock, timeout=0) if self._lock.exists() else nullcontext():
+                return False
+        except Timeout:
+            return True
+        except OSError:  # of another user
+            return False
 
     @property
     def best(self) -> Path:
@@ -106,13 +150,15 @@ class RunDir:
         """Write the configuration into the folder; unless ``keep``, the files of an earlier run there go away."""
         if not keep:
             self._clear()
-        self.path.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.checkpoints.glob(f"{TEMPORARY}*"):  # of a process that was killed as it wrote
+            unfinished.unlink()
         write_json(self.config_file, to_dict(config))
 
     def _clear(self) -> None:
         made = (self.previews, self.checkpoints, self.student.parent, self.samples, self.evaluations, self.exports)
-        for folder in made:
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in filter(Path.is_dir, made):
+            for each in folder.iterdir():  # a link to a folder elsewhere stays, and leads to an empty one
+                shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
         for file in (self.log_file, self.scores_file, self.prompts):
             file.unlink(missing_ok=True)
 
@@ -134,16 +180,15 @@ class RunDir:
         _append(self.scores_file, line)
 
     def scores(self) -> list[dict[str, object]]:
-        """The lines of the scores."""
-        if not self.scores_file.exists():
-            return []
-        return [json.loads(line) for line in self.scores_file.read_text(encoding="utf-8").splitlines()]
+        """The lines of the scores; those that a crash cut off are passed over."""
+        read = (_object(line) for line in _lines(self.scores_file))
+        return [line for line in read if line is not None]
 
     def trim(self, step: int) -> None:
         """Drop the lines of log and scores after ``step``, which a resumed run will write again."""
         for file in (self.log_file, self.scores_file):
             if file.exists():
-                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+                kept = [line for line in _lines(file) if _step_of(line) <= step]
                 with atomic_file(file) as temporary:
                     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
@@ -162,26 +207,43 @@ def _known(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _step_of(line: str) -> float:
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+
+
+def _object(line: str) -> dict[str, object] | None:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut off by a crash
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _step_of(line: str) -> float:
+    step = (_object(line) or {}).get("step")
+    return float(step) if isinstance(step, int | float) else math.inf
 
 
 def default_run(teacher: str, root: Path = RUNS) -> Path:
-    """``runs/<teacher>-<time>``; a number is added where two runs start in one second."""
+    """Make ``runs/<teacher>-<time>``, with a number behind it where two runs start in one second."""
     name = Path(teacher.replace(":", "-")).name or "teacher"
     base = root / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path, number = base, 2
-    while path.exists():
-        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    if os.environ.get("RANK", "0") != "0":  # accelerate starts a process for each device, of which one writes
+        return base
+    for number in itertools.count(1):
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            break
     return path
 
 
-def newest_run(root: Path = RUNS) -> Path:
-    """The run under ``root`` that was started last. Raises `UsageError` when there is none."""
+def newest_run(root: Path = RUNS, *, with_student: bool = False) -> Path:
+    """The run under ``root`` that was started last; with a student, where one has any. Raises `UsageError` when there
+    is none."""
     runs = [path.parent for path in root.glob("*/config.json")] if root.is_dir() else []
     if not runs:
         raise UsageError(f"No run found under {root}/.", "Name a run folder, or make one with: bootcli distill")
+    if with_student:
+        runs = [run for run in runs if RunDir(run).student.is_file()] or runs
     return max(runs, key=lambda run: (run / "config.json").stat().st_mtime_ns)

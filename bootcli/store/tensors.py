@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,11 +17,17 @@ from bootcli.store.files import atomic_file
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> None:
-    """Write tensors and a JSON-able header to one file, atomically."""
+    """Write tensors and a JSON-able header to one file, atomically; a power cut leaves the old file or the new one."""
+    held, seen = {}, set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().cpu().contiguous()
+        place = whole.untyped_storage().data_ptr()
+        held[name] = whole.clone() if place in seen else whole  # safetensors refuses tensors that share memory
+        seen.add(place)
     with atomic_file(path) as temporary:
-        # clone: safetensors refuses tensors that share memory
-        contiguous = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-        save_file(contiguous, temporary, metadata={"bootcli": json.dumps(header)})
+        save_file(held, temporary, metadata={"bootcli": json.dumps(header)})
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, object]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import subprocess
 import sys
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from bootcli import cli as command_line
 from bootcli.cli.common import fail, integers, print_json, to_toml
 from bootcli.config import DistillConfig, read_overrides, to_dict
 from bootcli.errors import BootError, Interrupted, UsageError
 
-from .conftest import Cli, environment, processor_seconds
+from .conftest import Cli, Done, environment, processor_seconds
 
 Heavy = Callable[..., tuple[int, str, list[str]]]
 
@@ -45,6 +47,9 @@ WRONG = {
     "distill --seed 99999999999999999999": "seed",
     "distill --learning-rate inf": "learning_rate",
     "distill --resume --overwrite": "--resume goes with neither",
+    "distill --overwrite": "--overwrite needs --output",
+    "distill --set steps=true": "Setting steps = True: input should be a number",
+    "distill --set classes=[]": "classes = []",
     "distill --step 3": "--steps",
     "distil": "Did you mean 'distill'?",
     "sample": "No run found",
@@ -57,12 +62,17 @@ WRONG = {
     "evaluate --metric beauty": "There are: fid, pr, accuracy, paired",
     "evaluate --metric fid --metric": "--metric",
     "evaluate --metric pr --max-fid 3": "Add --metric fid",
+    "evaluate --max-fid nan": "--max-fid nan: expected a number",
+    "evaluate --metric paired --teacher-steps 7,9": "paired alone takes no numbers of the teacher",
     "export missing": "There is no run missing",
     "export full --output full": "full is not empty",
     "teachers fasion": "Did you mean fashion, fashion-sd or fashion-edm?",
     "teachers ddpm:fasion": "Did you mean fashion?",
     "teachers nonsense": "Unknown teacher 'nonsense'",
 }
+
+
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes."
 
 
 @pytest.fixture
@@ -134,6 +144,8 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_on_demand(
         (Interrupted("Saved.", signum=15), 143, "Saved.\n"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 1, "Error: No space left on device (a/b).\n"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "Error: No space left on device.\n"),
+        (MemoryError(), 1, "Error: The device has not enough memory: out of memory\nTake a smaller --batch-size"),
+        (RuntimeError(f"{NO_MEMORY}\nmore"), 1, f"Error: The device has not enough memory: {NO_MEMORY}\nTake"),
         (KeyError("x"), 1, "Error: unexpected KeyError: 'x'\n"),
     ],
 )
@@ -172,6 +184,61 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     process.wait()
     process.stderr.close()
     assert said == b""
+
+
+def test_nobody_reads_what_went_wrong() -> None:
+    command = [sys.executable, "-m", "bootcli", "distill", "--teacher", "fasion"]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.wait() == 2
+
+
+def test_an_interrupt_before_a_command_begins(inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "app", interrupt)
+    assert inside() == Done(130, "", "")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "distill --output=~/x",
+        "distill --config=~/x",
+        "sample . --output=~/x",
+        "export . --output=~/x",
+        "evaluate . --save-reference=~/x",
+        "teachers fashion --convert=~/x",
+    ],
+)
+def test_home_is_found_behind_an_equals_sign(
+    inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").write_text("= =")
+    done = inside(*line.split())
+    assert done.returncode == 2
+    assert f"{tmp_path / 'x'}" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_a_closed_stream_is_no_error(
+    inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    for closed in {"stdin", name}:  # what pytest has there is no stream to read
+        monkeypatch.setattr(sys, closed, None)
+    assert inside("sample", str(tmp_path), "--prompts", "-").returncode == 2, "no prompts"
+    assert inside("teachers", "--json").returncode == 0
+
+
+def test_what_a_stream_cannot_encode_is_an_escape(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(command_line, "app", lambda: print("0.62 ± 0.01"))
+    command_line.main()
+    assert written.getvalue() == b"0.62 \\xb1 0.01\n"
 
 
 def test_integers() -> None:

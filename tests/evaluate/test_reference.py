@@ -97,7 +97,7 @@ def test_words_that_name_no_reference(teacher: Teacher, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "stats.txt").touch()
     np.savez(tmp_path / "stats.npz", mu=np.zeros(DIM), sigma=np.eye(DIM))
-    missing = ("missing", "~nobody123/missing", "inception:" + str(tmp_path))
+    missing = ("", "inception-clean:", "missing", "~nobody123/missing", "inception:" + str(tmp_path))
     for words in (*missing, str(tmp_path / "stats.txt"), str(tmp_path / "stats.npz")):
         with pytest.raises(UsageError) as caught:
             reference_for(teacher, words, CPU)
@@ -285,3 +285,14 @@ def test_a_folder_of_many_sizes_is_read_whole(pictures: tuple[Path, Tensor]) -> 
     folder, _ = pictures
     save_png(torch.zeros(3, 5, 7, dtype=torch.uint8), folder / "b.png")
     assert sorted(tuple(batch.shape) for batch in folder_images(folder)) == [(1, 3, 5, 7), (2, 3, 8, 8), (10, 3, 8, 8)]
+
+
+def test_the_grid_beside_samples_is_none_of_them(pictures: tuple[Path, Tensor]) -> None:
+    """A picture of the user's own, of whatever name, is."""
+    folder, _ = pictures
+    before = sum(len(batch) for batch in folder_images(folder))
+    picture = torch.zeros(3, 9, 9, dtype=torch.uint8)
+    save_png(picture, folder / "grid.png", {"Software": "bootcli 1", "source": "student"})
+    assert sum(len(batch) for batch in folder_images(folder)) == before
+    save_png(picture, folder / "grid.png")
+    assert sum(len(batch) for batch in folder_images(folder)) == before + 1

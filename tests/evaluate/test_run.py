@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import features_of
 from bootcli.manifold import manifold_of, precision_recall, some_rows
 from bootcli.pipelines import evaluate as pipeline
+from bootcli.pipelines.scoring import FIRST_SEED
 from bootcli.plugin import Cond, FeatureSpace, Teacher
-from bootcli.reference import reference_for
+from bootcli.reference import OTHER_NOISE, reference_for
 from bootcli.sampler import noises, student_images, teacher_images
 from bootcli.store.artifact import load_student
 from bootcli.store.tensors import read_tensors
@@ -79,6 +81,26 @@ def test_an_evaluation_says_all_it_takes_to_repeat_it(at_hand: Teacher, tiny_run
     written.unlink()
 
 
+def test_numbers_are_told_where_they_cannot_be_kept(
+    at_hand: Teacher, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(pipeline, "write_json", full)
+    result = pipeline.evaluate(tiny_run, num_images=8, device="cpu")
+    assert result["notes"][-1] == "These numbers were not kept in the run: Read-only file system."  # type: ignore[index]
+    monkeypatch.undo()
+
+
+def test_each_evaluation_has_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.strftime", lambda form: "now")
+    for number in range(3):
+        pipeline._keep(tmp_path, "fid", {"number": number})
+    kept = {file.name: json.loads(file.read_text())["number"] for file in tmp_path.iterdir()}
+    assert kept == {"fid-now.json": 0, "fid-now-2.json": 1, "fid-now-3.json": 2}
+
+
 def seeds_drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every seed that noise is drawn from, in order."""
     drawn: list[int] = []
@@ -100,6 +122,13 @@ def test_student_and_teacher_share_seeds_and_repeats_do_not(
     assert drawn == [*range(40, 58)] * 2
 
 
+def test_noise_that_is_called_other_is(tmp_path: Path) -> None:
+    """A generator looks at 32 bits of its seed alone."""
+    seeds = [0, FIRST_SEED, OTHER_NOISE, FIRST_SEED + OTHER_NOISE]
+    (drawn,) = noises(seeds, 1, (1, 2, 2))
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
+
+
 def test_the_teachers_own_images_are_a_reference(
     at_hand: Teacher, own_space: FeatureSpace, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,10 +140,10 @@ def test_the_teachers_own_images_are_a_reference(
     result = pipeline.evaluate(
         file, reference="teacher", save_reference=kept, batch_size=8, progress=lambda *f: seen.append(f), **asked
     )
-    assert drawn == [*range(2**41 + 7, 2**41 + 19), *range(7, 31)]
+    assert drawn == [*range(2**30 + 7, 2**30 + 19), *range(7, 31)]
     assert [facts[1:] for facts in seen if "compare" in facts[0]] == [(8, 12), (12, 12)]
     view = TeacherView(at_hand)
-    seeds = range(2**41 + 7, 2**41 + 19)
+    seeds = range(2**30 + 7, 2**30 + 19)
     images = teacher_images(view, 50, lambda seeds: Cond(), seeds, 12, Engine("cpu", "no"))
     mean = features_of(images, own_space.network, CPU).double().mean(0)
     stored, facts = read_tensors(kept)
@@ -236,3 +265,5 @@ def test_statistics_can_be_kept_for_later(
     assert again["reference"]["num_images"] == 12  # type: ignore[index]
     with pytest.raises(UsageError, match=r"\.safetensors"):
         pipeline.evaluate(file, save_reference=tmp_path / "kept.npz", **settings)
+    with pytest.raises(UsageError, match="is there already"):
+        pipeline.evaluate(file, save_reference=file, **settings)

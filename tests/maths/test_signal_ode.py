@@ -100,7 +100,9 @@ def test_sampler_yields_every_state_and_ends_at_x0() -> None:
     assert (states[-1] - 0.7).abs().max() < 1e-15
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("multistep", 3)])
+@pytest.mark.parametrize(
+    ("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("multistep", 2), ("unipc", 3)]
+)
 @every_schedule
 def test_order_of_convergence(schedule: Schedule, solver: Solver, order: int) -> None:
     """The slope of log error over log step is the order, on a stretch of the path where f is smooth."""
@@ -110,13 +112,13 @@ def test_order_of_convergence(schedule: Schedule, solver: Solver, order: int) ->
     def end(steps: int, solver: Solver) -> Tensor:
         return path(teacher.denoise, schedule, y, eps, (0.7, 0.3), steps, solver)
 
-    reference = end(1024, "multistep")
+    reference = end(1024, "unipc")
     errors = [(end(steps, solver) - reference).square().mean().sqrt() for steps in counts]
     slope = linregress([-torch.tensor(n).log2() for n in counts], [error.log2() for error in errors]).slope
     assert abs(slope - order) < 0.2
 
 
-@pytest.mark.parametrize("solver", ["midpoint", "heun", "multistep"])
+@pytest.mark.parametrize("solver", ["midpoint", "heun", "multistep", "unipc"])
 @every_schedule
 def test_an_f_that_is_linear_in_time_is_integrated_exactly(schedule: Schedule, solver: Solver) -> None:
     """In steps of any length: ``d(u y) = f du`` with u = alpha / sigma, here by a fine Riemann-Stieltjes sum."""
@@ -178,14 +180,15 @@ def test_both_ends_are_finite(schedule: Schedule, solver: Solver) -> None:
     assert path(denoise, schedule, y, eps, (1.0, 0.0), 10, solver).isfinite().all()
 
 
-def test_multistep_asks_once_a_step() -> None:
+@pytest.mark.parametrize("solver", ["multistep", "unipc"])
+def test_multistep_asks_once_a_step(solver: Solver) -> None:
     teacher, asked = two_clusters(DDPM), []
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         asked.append(float(t[0]))
         return teacher.denoise(x_t, t)
 
-    path(denoise, DDPM, noise(2, 1, 2, 2), noise(2, 1, 2, 2, seed=1), (0.8, 0.4), 4, "multistep")
+    path(denoise, DDPM, noise(2, 1, 2, 2), noise(2, 1, 2, 2, seed=1), (0.8, 0.4), 4, solver)
     assert asked == pytest.approx([0.8, 0.75, 0.7, 0.6, 0.5])
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from bootcli.conditions import PromptPool
 from bootcli.deck import Deck
-from bootcli.errors import UsageError
+from bootcli.errors import BootError, UsageError
 from bootcli.pipelines import distill as pipeline
 from bootcli.pipelines.distill import distill
 from bootcli.pipelines.evaluate import evaluate
@@ -230,3 +230,14 @@ def test_seeds_of_prompts(make_folder: MakeFolder, tmp_path: Path) -> None:
     ]
     assert numbers[0]["prompts"] == {"source": str(tmp_path / "own.jsonl"), "count": 2}
     assert numbers[0]["student"] != numbers[1]["student"]
+
+
+def test_a_run_goes_on_with_the_prompts_it_began_with(make_folder: MakeFolder, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(make_folder(), write(tmp_path / "prompts.txt", "a shoe", "a coat"), out, steps=1)
+    kept = out / "prompts.jsonl"
+    kept.write_text(kept.read_text().replace("coat", "boat"))
+    with pytest.raises(BootError, match=r"prompts\.jsonl is not what this run began with"):
+        list(distill(resume_config(out, {"steps": 2}, {}, {}), out, resume=True))
+    kept.write_text(kept.read_text().replace("boat", "coat"))
+    assert list(distill(resume_config(out, {"steps": 2}, {}, {}), out, resume=True))
