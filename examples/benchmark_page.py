@@ -222,8 +222,8 @@ def write_page(folder: Path, order: Sequence[str]) -> None:
         "that the teacher draws in 50 steps, from the same noise and for the same conditions: with guidance those are",
         "far from real images, and a student that is near them is too. Minutes are of training alone, on the machine",
         "named; ± is the standard deviation over seeds; later ones make as many updates as the first did in that time.",
-        "At a * minutes are updates, as many a minute as the same run made before. At a † the teacher's paths were those",
-        "before `kd.step_power`.", "",
+        "At a * minutes are updates, as many a minute as the same run made before. At a † the teacher's paths were",
+        "those before `kd.step_power`.", "",
     ]  # fmt: skip
     for teacher, cells in cells_of.items():
         save_curves(cells, order, teacher)
