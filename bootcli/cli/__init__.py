@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import typer
 
@@ -58,17 +58,16 @@ def main() -> None:
     try:
         app()
     except BrokenPipeError:
-        _hush(sys.stdout)
+        _hush()
     except KeyboardInterrupt:  # before a command begins; Typer takes later ones
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         fail(error)
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except BrokenPipeError:
-                _hush(stream)
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _hush()
 
 
 def _open_streams() -> None:
@@ -81,6 +80,6 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _hush(stream: TextIO) -> None:
+def _hush() -> None:
     """The reader of our output went away, as in ``bootcli teachers | head``: no more output, no complaint."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

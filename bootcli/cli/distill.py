@@ -258,8 +258,9 @@ def distill(
         return _train(layers, run, resume=resume, overwrite=overwrite, as_json=as_json)
     finally:
         if output is None:
-            with suppress(OSError):
-                run.rmdir()  # one that stayed empty
+            with suppress(OSError):  # what stayed empty goes away
+                run.rmdir()
+                run.parent.rmdir()
 
 
 def _layers(params: Mapping[str, object], file: Path | None, overrides: list[str] | None) -> Layers:

@@ -61,7 +61,7 @@ def evaluate(
     Args:
         run: a run folder or a student file.
         metrics: some of `METRICS`; the order is theirs.
-        num_images: images of each repeat; drawn once for all metrics of a set of images.
+        num_images: images of each repeat; drawn once for all metrics but "paired".
         seed: of the first image.
         repeats: how often to draw anew; the mean is reported beside every number.
         reference: see `bootcli.reference.reference_for`; "paired" alone needs none.
