@@ -94,7 +94,7 @@ def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) ->
         lines += ["", *header("teacher", ("network calls", *(COLUMNS[key][0] for key in columns)))]
     solvers = {"ddim": "DDIM", "heun": "EDM's Heun", "dpmsolver": "DPM-Solver++ 2M"}
     for cell in sorted(teachers, key=lambda cell: (cell["cell"].split("-")[1], cell["nfe"])):
-        numbers = [f"{cell[key]:.{COLUMNS[key][1]}f}" if key in cell else "" for key in columns]
+        numbers = [f"{cell[key]:z.{COLUMNS[key][1]}f}" if key in cell else "" for key in columns]
         lines.append(f"| {solvers[cell['cell'].split('-')[1]]} | {cell['nfe']} | {' | '.join(numbers)} |")
     return "\n".join([*lines, *lever_table(cells), ""])
 
