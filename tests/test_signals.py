@@ -13,7 +13,9 @@ from bootcli.signals import watch_signals
 
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
+    """As a terminal has them: the tests themselves may run under nohup."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
