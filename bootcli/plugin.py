@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         Teacher,
         TeacherSpec,
     )
+    from bootcli.teachers.recipe import read_recipe
     from bootcli.teachers.registry import locate
     from bootcli.teachers.weights import misfit, read_archive
     from bootcli.testing import check_teacher
@@ -63,6 +64,7 @@ _HOMES = {
         "Teacher",
         "TeacherSpec",
     ),
+    "bootcli.teachers.recipe": ("read_recipe",),
     "bootcli.teachers.registry": ("locate",),
     "bootcli.teachers.weights": ("misfit", "read_archive"),
     "bootcli.testing": ("check_teacher",),
@@ -99,6 +101,7 @@ __all__ = [
     "locate",
     "misfit",
     "read_archive",
+    "read_recipe",
     "vp_table",
 ]
 

@@ -39,7 +39,6 @@ def folder(tiny_ddpm: Path, tmp_path: Path) -> Path:
         ("device", "cpu"),
         ("max_minutes", 1e-9),
         ("seed", 3),
-        ("prompts", "/home/me/diary.txt"),
         ("watch.reference", "/home/me/pictures"),
         ("watch", {"reference": "/home/me/pictures"}),
     ],
@@ -47,6 +46,12 @@ def folder(tiny_ddpm: Path, tmp_path: Path) -> Path:
 def test_a_recipe_in_a_folder_says_nothing_for_the_user(folder: Path, key: str, value: object) -> None:
     (folder / "recipe.json").write_text(json.dumps({"steps": 7, key: value}))
     with pytest.raises(BootError, match=rf"The recipe of the teacher .*theirs is broken: {key}.*"):
+        resolve_config({"teacher": str(folder)}, {}, {})
+
+
+def test_a_recipe_in_a_folder_names_no_prompts(folder: Path) -> None:
+    (folder / "recipe.json").write_text(json.dumps({"prompts": "/home/me/diary.txt"}))
+    with pytest.raises(BootError, match=r"recipe\.json names prompts, which is for the user to say"):
         resolve_config({"teacher": str(folder)}, {}, {})
 
 

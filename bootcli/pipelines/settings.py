@@ -10,12 +10,8 @@ from pathlib import Path
 from bootcli.config import OWN_IMAGES, RESUMABLE, DistillConfig, check_recipe, differences, flatten, resolve, to_dict
 from bootcli.errors import BootError, UsageError
 from bootcli.paths import expanded
-from bootcli.store.files import read_json
 from bootcli.store.rundir import RunDir
 from bootcli.teachers import registry
-
-RECIPE = "recipe.json"
-"""Settings in a teacher's folder, which may be a stranger's."""
 
 
 def resolve_config(
@@ -26,8 +22,6 @@ def resolve_config(
     recipe = registry.load(name).teacher.recipe()
     try:
         check_recipe(recipe)
-        if "prompts" in recipe:
-            _check_no_prompts(registry.locate(name) / RECIPE)
     except UsageError as error:
         raise BootError(f"The recipe of the teacher {name} is broken: {error.message}", error.hint) from error
     # One w or a range of it: where the user chose one of them, the recipe's other has no say.
@@ -36,12 +30,6 @@ def resolve_config(
     dropped = {other[key] for key in named & other.keys()}
     recipe = {key: value for key, value in recipe.items() if key not in dropped}
     return _whole_paths(resolve(flags, overrides, file, recipe))
-
-
-def _check_no_prompts(file: Path) -> None:
-    """Raise `UsageError` where a folder's recipe names prompts, which may be any file of the user; code may."""
-    if file.is_file() and "prompts" in read_json(file):
-        raise UsageError("prompts is for the user to say.", f"Take it out of {RECIPE}.")
 
 
 def resume_config(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from bootcli_diffusers.card import card_of
-from bootcli_diffusers.files import read_json
 from bootcli_diffusers.lora import targets_of
 from bootcli_diffusers.scheduler import Process, init_arguments, process_of, read_process
 from diffusers import UNet2DModel
@@ -26,12 +25,11 @@ from bootcli.plugin import (
     TeacherSpec,
     UsageError,
     load_feature_space,
+    read_recipe,
 )
 from bootcli_ddpm.layout import read_layout
 from bootcli_ddpm.network import make_network, make_spec, try_out
 from bootcli_ddpm.weights import fit_weights, read_weights
-
-RECIPE = "recipe.json"
 
 
 class DDPMTeacher(Teacher):
@@ -104,9 +102,7 @@ class DDPMTeacher(Teacher):
 
     def recipe(self) -> dict[str, object]:
         """The settings in the folder's ``recipe.json``, if it has one; see `Teacher.recipe`."""
-        if self._folder is None or not (self._folder / RECIPE).is_file():
-            return {}
-        return read_json(self._folder / RECIPE)
+        return {} if self._folder is None else read_recipe(self._folder)
 
     def lora_targets(self) -> tuple[str, ...]:
         """See `targets_of`."""

@@ -25,6 +25,7 @@ from bootcli.plugin import (
     UsageError,
     VarianceExploding,
     load_feature_space,
+    read_recipe,
 )
 from bootcli_edm.architecture import Architecture
 from bootcli_edm.files import HEADER, NON_COMMERCIAL, Checkpoint, network_file, read_network
@@ -34,7 +35,7 @@ from bootcli_edm.refusal import Refused
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
 """EDM's sampler (Karras et al. 2022, table 1)."""
-RECIPE, FEATURES = "recipe.json", "features"
+FEATURES = "features"
 
 
 class EDMTeacher(Teacher):
@@ -149,16 +150,7 @@ class EDMTeacher(Teacher):
 
     def recipe(self) -> dict[str, object]:
         """The settings in the folder's ``recipe.json``, if it has one; see `Teacher.recipe`."""
-        file = self._folder / RECIPE if self._folder is not None else None
-        if file is None or not file.is_file():
-            return {}
-        try:
-            recipe = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise BootError(f"{file} is not readable JSON: {error}", "Correct or remove it.") from None
-        if not isinstance(recipe, dict):
-            raise BootError(f"{file} is no table of settings.", "Correct or remove it.")
-        return recipe
+        return {} if self._folder is None else read_recipe(self._folder)
 
     def lora_targets(self) -> tuple[str, ...]:
         """The plain layers of every block: convolutions, affine layers and the projections of the attention."""

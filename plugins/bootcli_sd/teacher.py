@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from bootcli_diffusers.card import card_of
-from bootcli_diffusers.files import read_json
 from bootcli_diffusers.lora import targets_of
 from bootcli_diffusers.scheduler import Process, init_arguments, process_of, read_process
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -28,6 +27,7 @@ from bootcli.plugin import (
     UsageError,
     load_feature_space,
     locate,
+    read_recipe,
 )
 from bootcli_sd import single_file
 from bootcli_sd.layout import Layout, read_layout, variant_of
@@ -35,7 +35,7 @@ from bootcli_sd.loading import check_whole, quietly
 from bootcli_sd.single_file import Parts, read_single_file
 from bootcli_sd.text import TextEncoder, digest_of, load_pairs
 
-RECIPE, PROMPTS, FEATURES = "recipe.json", "prompts.txt", "features"
+PROMPTS, FEATURES = "prompts.txt", "features"
 PACKAGE = Path(__file__).parent
 """Teachers that come with it are stored by their place in here, since it moves with every installation."""
 UNIT = 8
@@ -240,9 +240,9 @@ class SDTeacher(Teacher):
     def recipe(self) -> dict[str, object]:
         """The settings in the folder's ``recipe.json``, and its own ``prompts.txt``, if it has them; see
         `Teacher.recipe`."""
-        file, prompts = self.home / RECIPE, self.home / PROMPTS
+        prompts = self.home / PROMPTS
         own: dict[str, object] = {"prompts": str(prompts)} if prompts.is_file() else {}
-        return own | (read_json(file) if file.is_file() else {})
+        return own | read_recipe(self.home)
 
     def lora_targets(self) -> tuple[str, ...]:
         """Attention, feed-forward layers and convolutions."""
