@@ -23,6 +23,7 @@ from bootcli.pipelines.events import Comparing, Finished, Scored, Stepped, Warne
 from bootcli.pipelines.scoring import Scorer
 from bootcli.pipelines.settings import resolve_config, resume_config
 from bootcli.pipelines.setup import set_up, without_auto
+from bootcli.plugin import Teacher
 from bootcli.reference import reference_for
 from bootcli.sampler import prior_noise
 from bootcli.store.artifact import load_student
@@ -33,6 +34,7 @@ from bootcli.teachers.registry import load
 from bootcli.trainer import StepReport, Trainer
 from bootcli.ui import training
 from bootcli.watch import COLLAPSED, NOISY, RISEN, Score, Watch
+from tests.training.short import config_of
 
 
 def test_best_is_the_lowest_distance_and_the_first_of_equals() -> None:
@@ -371,3 +373,14 @@ def test_warnings_are_in_the_story(
     events = list(distill(resolve_config(settings | {"watch.every": 0}, {}, {}), tmp_path / "run"))
     assert sum("leaving the teacher's paths" in e.message for e in events if isinstance(e, Warned)) == 1
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 6
+
+
+@pytest.mark.parametrize(("processes", "accumulation", "size"), [(1, None, 32), (1, 4, 8), (2, 4, 4), (64, 1, 1)])
+def test_scores_take_what_training_has_room_for(
+    tiny_teacher: Teacher, processes: int, accumulation: int | None, size: int
+) -> None:
+    config = config_of(batch_size=32, **{"optimizer.accumulation": accumulation})
+    scorer = mock.Mock(engine=mock.Mock(num_processes=processes, device=torch.device("cpu")))
+    scorer.work = mock.Mock(config=config)
+    scorer.work.view.teacher = tiny_teacher
+    assert [len(seeds) for _, seeds in Scorer._noise(scorer, 64)] == [size] * (64 // size)

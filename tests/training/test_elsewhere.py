@@ -77,6 +77,7 @@ def test_a_run_with_prompts_works_elsewhere(settings: dict[str, object], tmp_pat
     config = config_of(**before | settings, steps=2)
     teacher.release()
     work, trainer = build(teacher, config)
+    assert not teacher.other_parts(), "what encoded the first prompts is gone"
     assert trainer.fitting() == 1
     assert not teacher.other_parts(), "no encoder takes room while micro-batches are tried"
     teacher = load("fashion-sd").teacher
