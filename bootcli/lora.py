@@ -51,6 +51,9 @@ class Lora(nn.Module):
         del net.peft_config  # peft's note of it, about which it warns the next owner
         self._net = (net,)  # in a tuple: a module would be registered
         self._layers = [layer for layer in net.modules() if isinstance(layer, BaseTunerLayer)]
+        for layer in self._layers:
+            if _cast_once not in layer._forward_pre_hooks.values():  # other owners have the same layers
+                layer.register_forward_pre_hook(_cast_once)
         mark, own = f".{name}.", {}
         for key, parameter in net.named_parameters():
             if ".lora_" in key:
@@ -101,6 +104,15 @@ class Lora(nn.Module):
                 parent, _, child = name.rpartition(".")
                 setattr(net.get_submodule(parent), child, layer.get_base_layer())
         return net
+
+
+def _cast_once(layer: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """In mixed precision, cast what comes in for base and adapter together. Else peft casts it up for the adapter and
+    autocast down again, and the backward pass keeps two copies of what each layer is given."""
+    x, *others = inputs
+    mixed = torch.is_autocast_enabled(x.device.type)
+    layer.cast_input_dtype_enabled = not mixed
+    return (x.to(torch.get_autocast_dtype(x.device.type)) if mixed else x, *others)
 
 
 class _With(AbstractContextManager[None]):

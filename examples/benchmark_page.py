@@ -57,6 +57,8 @@ COLUMNS = {
     "paired_mse": ("paired error", 4),
 }
 """The numbers of a row: title and decimals."""
+NOTHING = 1e-4
+"""A distance below this is that of a teacher to itself, which a logarithmic axis cannot show."""
 
 
 def columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -71,12 +73,12 @@ def header(first: str, others: Sequence[str]) -> list[str]:
 
 def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) -> str:
     """The section of one teacher, in Markdown."""
-    facts, students = cells[0], [cell for cell in cells if "objective" in cell]
+    students = [cell for cell in cells if "objective" in cell]
     teachers = [cell for cell in cells if cell["cell"].startswith("teacher-")]
     columns = columns_of([row for cell in students for row in cell["student"]])
     lines = [
         f"## `{teacher}`", "",
-        f"{facts['num_images']:,} images for each number; {trained_on(students)}torch {facts['torch']}.", "",
+        f"{cells[0]['num_images']:,} images for each number{trained_on(students)}.", "",
         f"![FID against network calls]({teacher}/nfe.png) ![FID against training time]({teacher}/time.png)", "",
         *header("student", ("training", "updates", "network calls", *(COLUMNS[key][0] for key in columns), "seeds")),
     ]  # fmt: skip
@@ -106,17 +108,17 @@ def has_old_paths(cell: dict[str, Any]) -> bool:
 
 
 def trained_on(cells: Sequence[dict[str, Any]]) -> str:
-    """The machine and precision of the students; where some had others than most, which and what."""
+    """The machine, precision and torch of the students; where some had others than most, which and what."""
     where: dict[str, list[str]] = {}
     for cell in cells:
         if "mixed_precision" in cell:
             precision = cell["mixed_precision"].replace("no", "float32")
-            where.setdefault(f"{cell['device']}, in {precision}", []).append(cell["cell"])
+            where.setdefault(f"{cell['device']}, in {precision}, torch {cell['torch']}", []).append(cell["cell"])
     if not where:
         return ""
     most, *others = sorted(where, key=lambda key: -len(where[key]))
     rest = "".join(f"; {', '.join(where[key])} on {key}" for key in others)
-    return f"training on {most}{rest}; "
+    return f"; training on {most}{rest}"
 
 
 def lever_table(cells: Sequence[dict[str, Any]]) -> list[str]:
@@ -127,7 +129,7 @@ def lever_table(cells: Sequence[dict[str, Any]]) -> list[str]:
     minutes = levers[0]["minutes"]
     lines = [
         "", "### One setting changed at a time", "",
-        f"Single runs of {minutes:g} minutes; {trained_on(levers)}threads: {levers[0]['threads']}.",
+        f"Single runs of {minutes:g} minutes{trained_on(levers)}; threads: {levers[0]['threads']}.",
         "The unchanged student comes first.", "",
         "| student | setting | updates | FID | precision | recall | paired error |",
         "|---|---|--:|--:|--:|--:|--:|",
@@ -165,7 +167,7 @@ def save_curves(cells: Sequence[dict[str, Any]], order: Sequence[str], folder: P
         ("dpmsolver", "teacher, DPM-Solver++", "k:s"),
     )
     for key, label, style in of_teachers:
-        some = [c for c in cells if c["cell"].startswith(f"teacher-{key}-") and measure in c]
+        some = [c for c in cells if c["cell"].startswith(f"teacher-{key}-") and c.get(measure, 0) > NOTHING]
         line = sorted((c["nfe"], c[measure]) for c in some)
         if line:
             axes.plot(*zip(*line, strict=True), style, label=label, markersize=4)
@@ -186,7 +188,7 @@ def save_curves(cells: Sequence[dict[str, Any]], order: Sequence[str], folder: P
             axes.plot(*zip(*line, strict=True), "-o", label=name)
     for cell in cells:
         lines = ("teacher-ddim-10", "teacher-ddim-50", "teacher-heun-8", "teacher-heun-16", "teacher-heun-50")
-        if cell["cell"] in lines and measure in cell:
+        if cell["cell"] in lines and cell.get(measure, 0) > NOTHING:
             axes.axhline(cell[measure], color="black", linestyle=":", linewidth=1)
             axes.annotate(f"teacher, {cell['nfe']} calls", (1, cell[measure]), xycoords=("axes fraction", "data"),
                           ha="right", va="bottom", fontsize=8)  # fmt: skip
@@ -199,7 +201,8 @@ def finish(axes: Any, label: str, measure: str, at: set[float], path: Path, figu
     from matplotlib.ticker import LogLocator
 
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel=measure, xticks=sorted(at))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 1000 * low else (1, 3)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
@@ -221,9 +224,9 @@ def write_page(folder: Path, order: Sequence[str]) -> None:
         "the end of the teacher's own path from the same noise. FID to its teacher is that of 2,000 images to as many",
         "that the teacher draws in 50 steps, from the same noise and for the same conditions: with guidance those are",
         "far from real images, and a student that is near them is too. Minutes are of training alone, on the machine",
-        "named; ± is the standard deviation over seeds; later ones make as many updates as the first did in that time.",
-        "At a * minutes are updates, as many a minute as the same run made before. At a † the teacher's paths were",
-        "those before `kd.step_power`.", "",
+        "named; ± is the standard deviation over seeds; later ones make as many updates as the first did in that time,",
+        "on a GPU too. At a * minutes are updates, as many a minute as the same run made before. At a † the teacher's",
+        "paths were those before `kd.step_power`.", "",
     ]  # fmt: skip
     for teacher, cells in cells_of.items():
         save_curves(cells, order, teacher)

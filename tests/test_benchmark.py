@@ -72,7 +72,7 @@ def test_a_benchmark_from_cells_to_page(bench: Bench, capsys: pytest.CaptureFixt
     lever_cells(bench, 0.01, "power")
     text = page("fashion", read_cells(bench.cells), list(benchmark.OBJECTIVES))
     assert text.count("| few-step | 0.04 min |") == 2
-    assert "in float32; torch" in text
+    assert "in float32, torch" in text
     assert text.count("| FID | FID to its teacher |") == 2
     assert "| DPM-Solver++ 2M | 2 |" in text
     assert "| default | kd.power=1.0 |" in text
@@ -105,9 +105,10 @@ def test_calls_of_a_guided_teacher_are_counted_twice(bench: Bench) -> None:
 
 def test_a_page_says_which_students_had_another_machine() -> None:
     names = {"kd-seed0-5min": ("A", "bf16"), "kd-seed1-5min": ("B", "no"), "boot-seed0-5min": ("A", "bf16")}
-    cells = [{"cell": name, "device": at, "mixed_precision": kind} for name, (at, kind) in names.items()]
+    facts = ("cell", "device", "mixed_precision", "torch")
+    cells = [dict(zip(facts, (name, *other, "2"), strict=True)) for name, other in names.items()]
     assert trained_on([*cells, {"cell": "teacher-ddim-1", "device": "C"}]) == (
-        "training on A, in bf16; kd-seed1-5min on B, in float32; "
+        "; training on A, in bf16, torch 2; kd-seed1-5min on B, in float32, torch 2"
     )
 
 

@@ -79,6 +79,25 @@ def test_a_checkpoint_that_forgot_its_adapter_would_show(
         gradients(tiny_teacher, config_of(**LORA, **{"optimizer.gradient_checkpointing": True}))
 
 
+def test_in_mixed_precision_one_copy_of_an_input_is_kept(tiny_ddpm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft would keep another for the adapter; the gradients are those of either."""
+    kept, both = [0, 0], []
+    for i in range(2):
+        alive: dict[int, Tensor] = {}  # held, so that no two have one address
+
+        def pack(tensor: Tensor, alive: dict[int, Tensor] = alive) -> Tensor:
+            alive[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            both.append(gradients(load(str(tiny_ddpm)).teacher, config_of(**LORA, mixed_precision="bf16")))
+        kept[i] = sum(tensor.untyped_storage().nbytes() for tensor in alive.values())
+        monkeypatch.setattr("bootcli.lora._cast_once", lambda layer, inputs: None)
+    assert kept[0] < 0.9 * kept[1], kept
+    for key, gradient in both[0].items():
+        assert torch.allclose(gradient, both[1][key], rtol=0.05, atol=0.02 * float(gradient.abs().max())), key
+
+
 def test_the_teacher_answers_as_before(tiny_teacher: Teacher) -> None:
     """Bit for bit, before, beside and after the training of two adapters; the judge sees it too."""
     x, t, cond = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.7], dtype=torch.float64), Cond()
