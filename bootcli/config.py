@@ -247,7 +247,7 @@ class MemoryConfig:
     """Hold the teacher on the CPU while the student learns; not with a LoRA, which shares its weights, nor with an
     adversary, which looks through them."""
     offload_ema: bool = False
-    """Hold the weight average on the CPU."""
+    """Hold the weight average on the CPU, where it moves every few updates (`bootcli.ema`)."""
 
 
 @dataclass(frozen=True)

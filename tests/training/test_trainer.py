@@ -45,6 +45,32 @@ def test_ema_follows_its_formula(ramp: float) -> None:
     assert float(module.weight) == 19.0
 
 
+@pytest.mark.parametrize("ramp", [9.0, 2.0])
+def test_an_average_on_another_device_moves_seldom_and_reaches_back_as_far(ramp: float) -> None:
+    """The same for 200 updates, then near it; what is gone it forgets by the same factor."""
+    module = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+    module.weight.fill_(0.0)
+    here, away = EMA(module, 0.999, ramp), EMA(module, 0.999, ramp, torch.device("cpu"))
+    moved, before, gap = [], 0.0, 0.0
+    for n in range(1, 3001):
+        module.weight.fill_(math.log(n))  # it changes as weights do, ever more slowly
+        here.update(module, n)
+        away.update(module, n)
+        found = float(away.weights["weight"])
+        moved += [n] if found != before else []
+        before, gap = found, max(gap, abs(found - float(here.weights["weight"])))
+        assert n >= 200 or away.weights["weight"] == here.weights["weight"]
+    assert {b - a for a, b in itertools.pairwise(m for m in moved if m > 1000)} == {10}
+    assert gap < 0.02
+    module.weight.fill_(0.0)
+    reached = {ema: float(ema.weights["weight"]) for ema in (here, away)}
+    for n in range(3001, 3101):
+        for ema in (here, away):
+            ema.update(module, n)
+    left = [float(ema.weights["weight"]) / reached[ema] for ema in (here, away)]
+    assert left[0] == pytest.approx(left[1], rel=1e-4)
+
+
 def test_training_streams_differ_by_step_and_seed_only() -> None:
     draws = {place: torch.randn(4, generator=stream(*place)) for place in [(0, 1), (0, 2), (1, 1)]}
     assert torch.equal(draws[0, 1], torch.randn(4, generator=stream(0, 1)))
