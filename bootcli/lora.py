@@ -110,9 +110,10 @@ def _cast_once(layer: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """In mixed precision, cast what comes in for base and adapter together. Else peft casts it up for the adapter and
     autocast down again, and the backward pass keeps two copies of what each layer is given."""
     x, *others = inputs
-    mixed = torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     layer.cast_input_dtype_enabled = not mixed
-    return (x.to(torch.get_autocast_dtype(x.device.type)) if mixed else x, *others)
+    return (x.to(torch.get_autocast_dtype(kind)) if mixed else x, *others)
 
 
 class _With(AbstractContextManager[None]):
