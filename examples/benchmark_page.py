@@ -57,8 +57,6 @@ COLUMNS = {
     "paired_mse": ("paired error", 4),
 }
 """The numbers of a row: title and decimals."""
-NOTHING = 1e-4
-"""A distance below this is that of a teacher to itself, which a logarithmic axis cannot show."""
 
 
 def columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -152,6 +150,11 @@ def measure_of(cells: Sequence[dict[str, Any]]) -> str:
     return "fid_to_teacher" if any(scale not in (None, 1) for scale in scales) else "fid"
 
 
+def is_shown(cell: dict[str, Any], measure: str) -> bool:
+    """Whether a curve has this teacher: it was measured, and not with itself, which a logarithmic axis cannot show."""
+    return float(cell.get(measure, 0.0)) > 1e-4
+
+
 def save_curves(cells: Sequence[dict[str, Any]], order: Sequence[str], folder: Path) -> None:
     """What `measure_of` says against network calls, and against training time, both axes logarithmic."""
     import matplotlib
@@ -167,7 +170,7 @@ def save_curves(cells: Sequence[dict[str, Any]], order: Sequence[str], folder: P
         ("dpmsolver", "teacher, DPM-Solver++", "k:s"),
     )
     for key, label, style in of_teachers:
-        some = [c for c in cells if c["cell"].startswith(f"teacher-{key}-") and c.get(measure, 0) > NOTHING]
+        some = [c for c in cells if c["cell"].startswith(f"teacher-{key}-") and is_shown(c, measure)]
         line = sorted((c["nfe"], c[measure]) for c in some)
         if line:
             axes.plot(*zip(*line, strict=True), style, label=label, markersize=4)
@@ -188,7 +191,7 @@ def save_curves(cells: Sequence[dict[str, Any]], order: Sequence[str], folder: P
             axes.plot(*zip(*line, strict=True), "-o", label=name)
     for cell in cells:
         lines = ("teacher-ddim-10", "teacher-ddim-50", "teacher-heun-8", "teacher-heun-16", "teacher-heun-50")
-        if cell["cell"] in lines and cell.get(measure, 0) > NOTHING:
+        if cell["cell"] in lines and is_shown(cell, measure):
             axes.axhline(cell[measure], color="black", linestyle=":", linewidth=1)
             axes.annotate(f"teacher, {cell['nfe']} calls", (1, cell[measure]), xycoords=("axes fraction", "data"),
                           ha="right", va="bottom", fontsize=8)  # fmt: skip

@@ -12,7 +12,7 @@ import benchmark
 import benchmark_page
 import pytest
 from benchmark import Bench, lever_cells, refuse_other, student_cells, teacher_cells
-from benchmark_page import has_old_paths, measure_of, page, read_cells, trained_on, write_page
+from benchmark_page import has_old_paths, is_shown, measure_of, page, read_cells, trained_on, write_page
 
 from bootcli import trainer
 from bootcli.config import DistillConfig
@@ -116,6 +116,11 @@ def test_a_page_says_which_students_had_another_machine() -> None:
 def test_curves_of_a_guided_teacher_are_of_the_distance_to_it(scale: float, measure: str) -> None:
     cells: list[dict[str, object]] = [{"cell": "teacher-ddim-1"}, {"settings": {"guidance_scale": scale}}]
     assert measure_of(cells) == measure
+
+
+def test_curves_leave_out_what_a_teacher_is_from_itself() -> None:
+    cells: list[dict[str, object]] = [{"fid_to_teacher": 1e-8}, {"fid_to_teacher": 0.008}, {"fid": 2.0}]
+    assert [is_shown(cell, "fid_to_teacher") for cell in cells] == [False, True, False]
 
 
 @pytest.mark.parametrize(("prompts", "same"), [("elsewhere/prompts.txt", True), ("prompts/others.txt", False)])
