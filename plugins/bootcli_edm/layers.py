@@ -85,6 +85,7 @@ class ResampleConv2d(nn.Module):
             self.register_parameter("bias", None)
         line = torch.tensor(taps, dtype=torch.float32)
         self.register_buffer("resample_filter", torch.outer(line, line)[None, None] / line.sum() ** 2)
+        self._is_box = len(taps) == 2 and taps[0] == taps[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, inputs, h, w) -> (b, outputs, h / 2, w / 2) or (b, outputs, 2 h, 2 w)."""
@@ -102,6 +103,8 @@ class ResampleConv2d(nn.Module):
         return None if self.bias is None else self.bias.to(x.dtype)
 
     def _resampled(self, x: Tensor, padding: int) -> Tensor:
+        if self._is_box:  # (1, 1): the same, without a convolution of each channel, which is slow, most in bf16
+            return F.interpolate(x, scale_factor=2) if self.resample == "up" else F.avg_pool2d(x, 2)
         channels = x.shape[1]
         kernel = self.resample_filter.to(x.dtype).expand(channels, -1, -1, -1)
         if self.resample == "up":  # each pixel is spread: four times the weight keeps its brightness
