@@ -3,6 +3,7 @@
     python examples/benchmark.py                  # everything that is not measured yet; stop it and go on at will
     python examples/benchmark.py --only kd        # the cells whose name contains "kd"
     python examples/benchmark.py --levers         # one setting changed at a time, 5 minutes each
+    python examples/benchmark.py --teacher fashion-sd --guidance-scale 1.5      # cells of their own
     python examples/benchmark.py --page           # write docs/results.md and its curves from the cells there are
 
 Each cell is one JSON file in docs/results/<teacher>/, written once. A student is trained in one run: its state after 5
@@ -159,6 +160,7 @@ class Bench:
         runs: folder of the runs.
         num_images: for each number.
         device: where to compute.
+        guidance_scale: None is the recipe's.
     """
 
     teacher: str
@@ -166,6 +168,13 @@ class Bench:
     runs: Path
     num_images: int
     device: Any
+    guidance_scale: float | None = None
+
+    @property
+    def shared(self) -> dict[str, object]:
+        """The settings of everything here: teacher, device, and guidance where it is not the recipe's."""
+        own = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
+        return {"teacher": self.teacher, "device": self.device, **own}
 
     def path(self, name: str) -> Path:
         """The file of a cell."""
@@ -185,6 +194,7 @@ class Bench:
     def _facts(self) -> dict[str, object]:
         return {
             "teacher": self.teacher,
+            **({} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}),
             "num_images": self.num_images,
             "bootcli": __version__,
             "torch": torch.__version__,
@@ -209,7 +219,7 @@ def teacher_cells(bench: Bench, steps: Sequence[int], only: str) -> None:
     names = [f"teacher-{solver}-{n}" for solver in ("ddim", "heun", "dpmsolver") for n in steps]
     if not any(only in name and not bench.path(name).exists() for name in names):
         return
-    config = resolve_config({"teacher": bench.teacher, "device": bench.device}, {}, {})
+    config = resolve_config(bench.shared, {}, {})
     engine = Engine(config.device, "no")
     teacher = load(config.teacher).teacher
     view = teacher_view(teacher, config, engine)
@@ -258,7 +268,7 @@ def teacher_reference(bench: Bench) -> Path:
     compared with it, so that nothing is left to chance and the teacher itself has 0."""
     path = bench.runs / "teacher.safetensors"
     if not path.exists():
-        config = resolve_config({"teacher": bench.teacher, "device": bench.device}, {}, {})
+        config = resolve_config(bench.shared, {}, {})
         engine = Engine(config.device, "no")
         teacher = load(config.teacher).teacher
         view, cond_of = teacher_view(teacher, config, engine), condition_of(teacher, config)
@@ -333,8 +343,7 @@ def lever_cells(bench: Bench, minutes: float, only: str) -> None:
 
 def trained(bench: Bench, run: Path, settings: dict[str, object], seed: int) -> dict[str, object]:
     """Train as far as the settings say, and score."""
-    shared = {"teacher": bench.teacher, "seed": seed, "device": bench.device, **ENDLESS}
-    config = resolve_config({**shared, **settings}, {}, {})
+    config = resolve_config({**bench.shared, "seed": seed, **ENDLESS, **settings}, {}, {})
     resume = bool(checkpoints(RunDir(run).checkpoints))
     if resume:
         refuse_other(run, config)
@@ -416,6 +425,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Students of every objective against their teacher.")
     parser.add_argument("--teacher", default="fashion")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--guidance-scale", type=float, help="another than the recipe's: cells of their own")
     parser.add_argument("--num-images", type=int, default=10_000)
     parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="of the teacher")
     parser.add_argument("--minutes", default=",".join(map(str, MINUTES)), help="of training, rising")
@@ -431,9 +441,10 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
     options = parser.parse_args()
     if not options.page:
-        name = Path(options.teacher).name
+        scale = options.guidance_scale
+        name = Path(options.teacher).name + ("" if scale is None else f"-w{scale:g}")
         bench = Bench(
-            options.teacher, options.results / name, options.runs / name, options.num_images, options.device
+            options.teacher, options.results / name, options.runs / name, options.num_images, options.device, scale
         )  # fmt: skip
         minutes = [float(m) for m in options.minutes.split(",")]
         if options.levers:

@@ -69,15 +69,15 @@ def header(first: str, others: Sequence[str]) -> list[str]:
     return [f"| {first} | {' | '.join(others)} |", f"|---|{'--:|' * len(others)}"]
 
 
-def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) -> str:
+def page(folder: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) -> str:
     """The section of one teacher, in Markdown."""
     students = [cell for cell in cells if "objective" in cell]
     teachers = [cell for cell in cells if cell["cell"].startswith("teacher-")]
     columns = columns_of([row for cell in students for row in cell["student"]])
     lines = [
-        f"## `{teacher}`", "",
+        f"## `{cells[0]['teacher']}`{at_scale(cells[0])}", "",
         f"{cells[0]['num_images']:,} images for each number{trained_on(students)}.", "",
-        f"![FID against network calls]({teacher}/nfe.png) ![FID against training time]({teacher}/time.png)", "",
+        f"![FID against network calls]({folder}/nfe.png) ![FID against training time]({folder}/time.png)", "",
         *header("student", ("training", "updates", "network calls", *(COLUMNS[key][0] for key in columns), "seeds")),
     ]  # fmt: skip
     for row in rows_of(cells, order):
@@ -97,6 +97,11 @@ def page(teacher: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) ->
         numbers = [f"{cell[key]:z.{COLUMNS[key][1]}f}" if key in cell else "" for key in columns]
         lines.append(f"| {solvers[cell['cell'].split('-')[1]]} | {cell['nfe']} | {' | '.join(numbers)} |")
     return "\n".join([*lines, *lever_table(cells), ""])
+
+
+def at_scale(cell: dict[str, Any]) -> str:
+    """What the title says of a guidance scale that is not the recipe's."""
+    return f" at guidance scale {cell['guidance_scale']:g}" if "guidance_scale" in cell else ""
 
 
 def has_old_paths(cell: dict[str, Any]) -> bool:

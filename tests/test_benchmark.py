@@ -23,6 +23,7 @@ SMALL = {
     "batch_size": 8,
     "log_every": 1,
     "kd.teacher_steps": 2,
+    "kd.buffer": 16,
     "preview_teacher_steps": 2,
     "watch.every": 0,
     "mixed_precision": "no",
@@ -97,10 +98,14 @@ def test_a_benchmark_from_cells_to_page(bench: Bench, capsys: pytest.CaptureFixt
         student_cells(bench, "few-step", 0, [0.04], "")
 
 
-def test_calls_of_a_guided_teacher_are_counted_twice(bench: Bench) -> None:
-    guided = dataclasses.replace(bench, teacher="fashion-sd", num_images=16)
+@pytest.mark.parametrize(
+    ("scale", "calls", "title"), [(None, 2, "`fashion-sd`"), (1.0, 1, "`fashion-sd` at guidance scale 1")]
+)
+def test_calls_of_a_guided_teacher_are_counted_twice(bench: Bench, scale: float | None, calls: int, title: str) -> None:
+    guided = dataclasses.replace(bench, teacher="fashion-sd", num_images=16, guidance_scale=scale)
     teacher_cells(guided, [1], "")
-    assert cell(bench, "teacher-ddim-1")["nfe"] == cell(bench, "teacher-dpmsolver-1")["nfe"] == 2
+    assert cell(bench, "teacher-ddim-1")["nfe"] == cell(bench, "teacher-dpmsolver-1")["nfe"] == calls
+    assert f"## {title}\n" in page("folder", read_cells(bench.cells), [])
 
 
 def test_a_page_says_which_students_had_another_machine() -> None:
@@ -156,7 +161,7 @@ def test_a_teacher_without_cells_is_left_out(tmp_path: Path, monkeypatch: pytest
     results = tmp_path / "results"
     for name in ("fashion", "fashion-sd"):
         (results / name).mkdir(parents=True)
-    facts = {"cell": "teacher-ddim-1", "nfe": 1, "fid": 2.5, "num_images": 80, "torch": "2"}
+    facts = {"cell": "teacher-ddim-1", "teacher": "fashion", "nfe": 1, "fid": 2.5, "num_images": 80, "torch": "2"}
     (results / "fashion" / "teacher-ddim-1.json").write_text(json.dumps(facts))
     write_page(results, ["kd"])
     text = (tmp_path / "results.md").read_text()
