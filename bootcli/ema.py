@@ -45,7 +45,11 @@ class EMA:
 
     def _due(self, n: int) -> bool:
         """Whether the average moves after the n-th update; it begins at 0."""
-        return not self.away or n % min(SELDOM, max(1, n // 100)) == 0
+        return n % self.every(n) == 0
+
+    def every(self, n: int) -> int:
+        """After how many updates the average moves, about the n-th."""
+        return min(SELDOM, max(1, n // 100)) if self.away else 1
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bootcli.config import DistillConfig
+from bootcli.config import DistillConfig, MemoryConfig, PathsConfig
 from bootcli.muon import is_hidden
 from bootcli.student import TimeBranch
 from bootcli.teachers.protocol import Teacher
@@ -109,6 +109,23 @@ def need_of(teacher: Teacher, config: DistillConfig, device: torch.device, judge
         casts=2 * _count(shape for shape in learning if len(shape) > 1) if half else 0,
         other=_bytes(parts),
     )
+
+
+def main_memory(teacher: Teacher, config: DistillConfig, device: torch.device) -> dict[str, int]:
+    """Bytes of main memory: at most, of the stored paths, which are made on the way, and of what is kept off a device.
+
+    The arguments are those of `need_of`.
+    """
+    point = 4 * torch.Size(teacher.spec.sample_shape).numel()
+    stores: list[PathsConfig] = [config.kd] if config.objective == "kd" else []
+    stores += [config.replay] if config.replay.share else []
+    row = torch.long.itemsize  # of the condition
+    found = {"stored paths": sum(store.buffer * ((1 + store.points) * point + row) for store in stores)}
+    if device.type != "cpu":
+        on_it = dataclasses.replace(config, memory=MemoryConfig(half_teacher=config.memory.half_teacher))
+        there, here = need_of(teacher, on_it, device), need_of(teacher, config, device)
+        found |= {"teacher": there.teacher - here.teacher, "average": there.average - here.average}
+    return {name: size for name, size in found.items() if size}
 
 
 def switches(

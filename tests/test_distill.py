@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from bootcli.closed_form import GaussianTeacher
+from bootcli.ema import EMA
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.maths.prediction import PredictionType
@@ -301,6 +302,10 @@ def test_dry_run_takes_updates_as_they_are_later(
     assert estimate.config["kd"]["reuse"] == 10  # type: ignore[index]
     reports = iter([1.0, 0.7, 0.2])
     assert dry_run(resolve_config(settings | words | {"max_minutes": 1.0}, {}, {})).total_seconds == 60
+    reports = iter([1.0, 0.7, 0.4])
+    monkeypatch.setattr(EMA, "update", lambda *_: time.sleep(0.1))
+    away = dry_run(resolve_config(settings | words | {"memory.offload_ema": True}, {}, {}))
+    assert away.seconds_per_step == pytest.approx(0.4 + 0.3 / 10 - 0.1 * 9 / 10, abs=0.03), "it moves every tenth time"
 
 
 def test_dry_run_measures_and_writes_nothing(settings: dict[str, object], tmp_path: Path) -> None:

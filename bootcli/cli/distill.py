@@ -303,6 +303,7 @@ def _costs(estimate: Estimate) -> dict[str, str]:
         time = f"{estimate.seconds_per_step:.3g} s a step, {duration(estimate.total_seconds)} in all, previews apart"
     parts = {name: bytes_ for name, bytes_ in estimate.needs.items() if bytes_ != 0}
     told = [f"{name} {'not measured' if bytes_ is None else size(bytes_)}" for name, bytes_ in parts.items()]
+    on_top = ", ".join(f"{name} {size(bytes_)}" for name, bytes_ in estimate.main_memory.items())
     ran = "at its peak" if estimate.ran else "and more: it ran out"
     switches = [
         f"{each.setting} saves {each.what}" + ("" if each.saves is None else f", {size(each.saves)}")
@@ -313,6 +314,7 @@ def _costs(estimate: Estimate) -> dict[str, str]:
         "time": time,
         "memory": f"{size(estimate.memory_bytes)} {ran}, of {size(estimate.capacity_bytes)}",
         "of that": ", ".join(told),
+        **({"on the CPU": f"{on_top} at most, on top"} if on_top else {}),
         **{f"switch {number}": text for number, text in enumerate(switches, 1)},
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from bootcli.config import DistillConfig, to_dict
 from bootcli.engine import Engine, is_out_of_memory
-from bootcli.memory import TIGHT, Need, Switch, need_of, switches
+from bootcli.memory import TIGHT, Need, Switch, main_memory, need_of, switches
 from bootcli.pipelines.distill import Session
 from bootcli.pipelines.setup import facts_of, set_up, without_auto
 from bootcli.store.rundir import RunDir
@@ -35,6 +36,7 @@ class Estimate:
         parameters: of the student, that learn.
         needs: bytes of each part (`bootcli.memory.Need`), computed, and measured ``activations``: what an update takes
             beside them, None where memory ran out. On a CPU ``other`` is all the rest of the process.
+        main_memory: bytes of the CPU's memory that come on top (`bootcli.memory.main_memory`).
         capacity_bytes: of the device.
         ran: whether memory was enough for the updates.
         switches: what would make it smaller, where it does not fit or only just.
@@ -47,6 +49,7 @@ class Estimate:
     memory_bytes: int
     parameters: int
     needs: Mapping[str, int | None]
+    main_memory: Mapping[str, int]
     capacity_bytes: int
     ran: bool
     switches: tuple[Switch, ...]
@@ -86,6 +89,7 @@ def dry_run(config: DistillConfig) -> Estimate:
         memory_bytes=total,
         parameters=need.student // 4,
         needs=needs,
+        main_memory=main_memory(teacher, resolved, device),
         capacity_bytes=capacity,
         ran=measured is not None,
         switches=() if roomy else switches(teacher, resolved, device, needs["activations"], judge),
@@ -132,7 +136,17 @@ def _measure(trainer: Trainer, config: DistillConfig, device: torch.device) -> t
     stored = config.kd if config.objective == "kd" else config.replay if config.replay.share else None
     of_paths = max(0.0, with_paths.seconds - without.seconds) / stored.reuse if stored else 0.0
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process.most
-    return without.seconds + of_paths, _Measured(peak, before)
+    return max(0.0, without.seconds + of_paths - _of_average(trainer, config.steps)), _Measured(peak, before)
+
+
+def _of_average(trainer: Trainer, steps: int) -> float:
+    """Seconds that an average on the CPU, which moves in each of the first updates, saves one of most in so many."""
+    every = trainer.ema.every(steps)
+    if every == 1:
+        return 0.0
+    began = time.perf_counter()
+    trainer.ema.update(trainer.work.student, 1)
+    return (time.perf_counter() - began) * (1 - 1 / every)
 
 
 def _needs(need: Need, measured: _Measured | None, device: torch.device) -> dict[str, int | None]:

@@ -18,7 +18,7 @@ from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import INCEPTION
 from bootcli.manifold import MOST_ROWS, NEIGHBOURS, Manifold, manifold_of, some_rows
 from bootcli.pipelines.bench import Bench, Progress, own_images
-from bootcli.pipelines.requests import condition_of, labels_of, prompts_of, sampling_scale, seed_of
+from bootcli.pipelines.requests import check_negatives, condition_of, labels_of, prompts_of, sampling_scale, seed_of
 from bootcli.pipelines.setup import refinement_starts, start_time, teacher_view
 from bootcli.prompts import Prompts, read_prompts
 from bootcli.reference import OWN_STEPS, Reference, reference_for, write_reference
@@ -88,6 +88,8 @@ def evaluate(
     began = time.perf_counter()
     artifact = load_student(run)
     config, engine = artifact.config, Engine(device, "no")
+    if asked is not None:
+        check_negatives(asked, config)
     if resolution is not None:
         artifact.student.teacher.use_resolution(*resolution)
         config = dataclasses.replace(config, resolution=resolution)

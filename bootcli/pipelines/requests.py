@@ -68,6 +68,15 @@ def prompts_of(teacher: Teacher, config: DistillConfig, wanted: Prompts | None =
     return None
 
 
+def check_negatives(prompts: Prompts, config: DistillConfig) -> None:
+    """Raise `UsageError` for negative prompts beside the prompts of a teacher that is not guided."""
+    if prompts.own_negatives and not config.guided:
+        raise UsageError(
+            "--prompts: without guidance nothing leads away from its negative prompts.",
+            "Take them out, or distil with: --guidance-scale 7.5",
+        )
+
+
 def condition_of(
     teacher: Teacher,
     config: DistillConfig,

@@ -18,7 +18,14 @@ from bootcli.config import Device
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.images import GRID, enlarge, grid, save_png
-from bootcli.pipelines.requests import condition_of, prompts_of, request_of, sampling_scale, seed_of
+from bootcli.pipelines.requests import (
+    check_negatives,
+    condition_of,
+    prompts_of,
+    request_of,
+    sampling_scale,
+    seed_of,
+)
 from bootcli.pipelines.setup import refinement_starts, teacher_view
 from bootcli.prompts import Prompt, Prompts
 from bootcli.sampler import SeedOf, reference_calls, student_images, teacher_images
@@ -114,6 +121,8 @@ def sample(
     if prompts is not None and prompts.own_negatives and teacher_steps is None:  # a student has them built in
         prompts = Prompts(dataclasses.replace(prompt, negative=None) for prompt in prompts)
     artifact = load_student(run)
+    if prompts is not None:
+        check_negatives(prompts, artifact.config)
     if resolution is not None:
         artifact.student.teacher.use_resolution(*resolution)
         artifact = dataclasses.replace(artifact, config=dataclasses.replace(artifact.config, resolution=resolution))

@@ -24,7 +24,15 @@ from bootcli.objectives.freeflow import FreeFlow
 from bootcli.objectives.kd import KD
 from bootcli.objectives.refiner import Refiner
 from bootcli.pipelines.networks import adversary_beside, check_lora, check_memory, head_of, make_networks, try_half
-from bootcli.pipelines.requests import check_requests, class_pool, guided_by, in_turn, prompts_of, sampling_scale
+from bootcli.pipelines.requests import (
+    check_negatives,
+    check_requests,
+    class_pool,
+    guided_by,
+    in_turn,
+    prompts_of,
+    sampling_scale,
+)
 from bootcli.prompts import Prompts
 from bootcli.reference import check_reference
 from bootcli.sampler import CondOf, prior_noise, reference_times
@@ -134,11 +142,8 @@ def set_up(
     check_requests(teacher, config)
     texts, negative = None, None
     if (wanted := prompts_of(teacher, config, prompts)) is not None:
-        if fresh and wanted.own_negatives and not config.guided:  # an earlier run goes on as it began
-            raise UsageError(
-                "--prompts: without guidance nothing leads away from its negative prompts.",
-                "Add --guidance-scale 7.5, or take them out.",
-            )
+        if fresh:  # an earlier run goes on as it began
+            check_negatives(wanted, config)
         texts = PromptPool(teacher, wanted, config.negative_prompt, guided=config.guided)
         negative = texts.negative()
     pool: Conditions = class_pool(teacher, config) if texts is None else texts

@@ -177,6 +177,18 @@ def test_negative_prompts_are_told_to_be_without_effect(
         assert done.stdout.count("Negative prompts of --prompts lead the teacher alone") == told, done.stderr
 
 
+def test_negative_prompts_of_a_teacher_that_is_not_guided_are_refused(
+    inside: Callable[..., Done], tiny_sd: Path, tmp_path: Path
+) -> None:
+    assert inside("distill", "--teacher", str(tiny_sd), "--output", "run", *FEW).returncode == 0
+    (tmp_path / "blue.txt").write_text("a red shoe\tblue\n")
+    for command in (("sample", "--teacher-steps", "2"), ("evaluate", "--metric", "paired", "-n", "2")):
+        done = inside(*command, "run", "--prompts", "blue.txt")
+        assert done.returncode == 2
+        assert "nothing leads away from its negative prompts" in " ".join(done.stderr.split())
+    assert not (tmp_path / "run" / "samples").exists()
+
+
 def test_without_prompts_it_takes_its_own(inside: Callable[..., Done], tiny_sd: Path, tmp_path: Path) -> None:
     done = inside("distill", "--teacher", str(tiny_sd), "--output", "run", *FEW)
     assert done.returncode == 0, done.stderr

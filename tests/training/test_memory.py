@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from bootcli.batch import PARTS, Parts
+from bootcli.config import MemoryConfig
 from bootcli.engine import Engine
 from bootcli.errors import DoesNotFit, UsageError
-from bootcli.memory import LORA_RANK, learned, need_of, optimizer_bytes, switches
+from bootcli.memory import LORA_RANK, learned, main_memory, need_of, optimizer_bytes, switches
+from bootcli.objectives.kd import KD
 from bootcli.plugin import Teacher
 from bootcli.teachers.registry import load
 from bootcli.trainer import Trainer
@@ -52,6 +54,26 @@ def test_what_is_computed_is_what_is_held(tiny_teacher: Teacher, name: str, sett
     assert need.optimizer == size_of(states)
     assert need.average == size_of(trainer.ema.weights.values())
     assert need.casts == need.other == 0
+
+
+@pytest.mark.parametrize("objective", ["kd", "boot"])
+def test_main_memory_is_what_the_stores_hold_when_full(tiny_teacher: Teacher, objective: str) -> None:
+    settings = {**EVERYTHING, "objective": objective, "kd.buffer": 16, "replay.points": 2}
+    work, trainer = build(tiny_teacher, config_of(**settings, steps=1))
+    list(trainer.run())
+    stores = [each.state() for each in (work.objective, work.replay) if isinstance(each, KD)]
+    assert all(len(store["eps"]) == 16 for store in stores)
+    held = size_of(tensor for store in stores for name, tensor in store.items() if name != "next")
+    assert main_memory(tiny_teacher, trainer.config, CPU) == {"stored paths": held}
+
+
+def test_main_memory_has_what_is_kept_off_a_device(tiny_ddpm: Path) -> None:
+    teacher, cuda = load(str(tiny_ddpm)).teacher, torch.device("cuda")
+    away = {"memory.offload_teacher": True, "memory.offload_ema": True, "memory.half_teacher": True}
+    config = config_of(mixed_precision="bf16", corrector=False, **{"student.head": "native"}, **away)
+    on = need_of(teacher, dataclasses.replace(config, memory=MemoryConfig(half_teacher=True)), cuda)
+    assert main_memory(teacher, config, cuda) == {"teacher": on.teacher, "average": on.average}
+    assert main_memory(teacher, config, CPU) == {}
 
 
 def test_eight_bit_states_are_as_large_as_is_said() -> None:
