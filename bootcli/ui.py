@@ -107,8 +107,8 @@ class _Training:
         elif isinstance(event, Comparing):
             self.display.note(f"the teacher draws {event.num_images} images to compare with")
         elif isinstance(event, Scored):
-            score, best = event.score, ", the best so far" if event.is_best else ""
-            fid = "" if score.fid is None else f"watched FID {score.fid:.3g}{best}, "
+            score, kept = event.score, ", kept" if event.is_kept else ""
+            fid = "" if score.fid is None else f"watched FID {score.fid:.3g}{kept}, "
             self.display.note(f"step {score.step}: {fid}diversity {score.diversity:.2f} of the teacher's")
         elif isinstance(event, Warned):
             self.display.note(f"Warning: step {event.step}: {event.message}")

@@ -37,17 +37,22 @@ from bootcli.watch import COLLAPSED, NOISY, RISEN, Score, Watch
 from tests.training.short import config_of
 
 
-def test_best_is_the_lowest_distance_and_the_first_of_equals() -> None:
+def test_best_is_the_newest_of_those_that_chance_cannot_tell_apart() -> None:
     watch = Watch()
     assert watch.best is None
-    found = [watch.add(Score(step, fid, 1.0)) for step, fid in enumerate([5.0, 3.0, math.nan, 4.0, 3.0, 2.0])]
-    assert found == [True, True, False, False, False, True]
-    assert watch.best == Score(5, 2.0, 1.0)
-    assert Watch(watch.scores[:5]).best == Score(1, 3.0, 1.0)
-    assert Watch(watch.scores[:5]).since_best() == 3
+    found = [watch.add(Score(step, fid, 1.0)) for step, fid in enumerate([5.0, 3.0, math.nan, 4.0, 3.2, 3.4, 2.0])]
+    assert found == [True, True, False, False, True, False, True]
+    assert watch.best == Score(6, 2.0, 1.0)
+    assert Watch(watch.scores[:6]).best == Score(4, 3.2, 1.0)
+    assert Watch(watch.scores[:6]).since_lowest() == 4
     unmeasured = Watch()
     assert not unmeasured.add(Score(1, None, 1.0))
-    assert unmeasured.since_best() == 0
+    assert unmeasured.since_lowest() == 0
+
+
+def test_best_does_not_creep_away_from_the_lowest() -> None:
+    watch = Watch()
+    assert [watch.add(Score(step, 1.08**step, 1.0)) for step in range(4)] == [True, True, False, False]
 
 
 def test_diversity_warns_once_an_episode() -> None:
@@ -177,7 +182,7 @@ def test_the_best_student_is_kept(settings: dict[str, object], tmp_path: Path, m
 
     monkeypatch.setattr(pipeline.Trainer, "_update", update)
     events = list(distill(resolve_config(settings, {}, {}), run.path))
-    assert [(e.score.step, e.is_best) for e in events if isinstance(e, Scored)] == [(2, True), (4, True), (6, False)]
+    assert [(e.score.step, e.is_kept) for e in events if isinstance(e, Scored)] == [(2, True), (4, True), (6, False)]
     finished = events[-1]
     assert isinstance(finished, Finished)
     assert finished.best is not None
@@ -322,7 +327,7 @@ def test_without_a_reference_only_diversity_is_watched(tiny_ddpm: Path, tmp_path
     events = list(distill(config, tmp_path / "run"))
     (scored,) = (e for e in events if isinstance(e, Scored))
     assert scored.score.fid is None
-    assert not scored.is_best
+    assert not scored.is_kept
     assert isinstance(events[-1], Finished)
     assert events[-1].best is None
     assert RunDir(tmp_path / "run").student.is_file()

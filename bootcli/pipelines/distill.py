@@ -207,7 +207,7 @@ class Session:
         limit, patience = self.config.max_minutes, self.config.watch.patience
         if limit is not None and self.trainer.seconds >= 60 * limit:
             return TIME_IS_UP
-        return NO_BETTER if patience and self._watch.since_best() >= patience else 0
+        return NO_BETTER if patience and self._watch.since_lowest() >= patience else 0
 
     def _after_step(self, report: StepReport) -> Iterator[Event]:
         config, last = self.config, report.step == self.config.steps
@@ -233,7 +233,7 @@ class Session:
         return scores
 
     def _score(self) -> Iterator[Event]:
-        """Measure the student; keep it where it is the best so far. A reference that fails is no reason to stop."""
+        """Measure the student; keep it where none before is better. A reference that fails is no reason to stop."""
         try:
             yield from self._measure()
         except BootError as error:
@@ -249,11 +249,11 @@ class Session:
             self._scorer = Scorer(self.work, self.engine)
         with self.trainer.ema.applied_to(self.work.student):
             score = self._scorer.score(step)
-        is_best = self._watch.add(score)
-        if is_best:
+        is_kept = self._watch.add(score)
+        if is_kept:
             self._save(self.rundir.best)
         self.rundir.log_score(dataclasses.asdict(score))
-        yield Scored(score, is_best)
+        yield Scored(score, is_kept)
         beginner = len(self._watch.scores) == 1 and step < self.config.steps
         if not beginner and (warning := self._watch.judge(score.diversity)):
             yield Warned(step, warning)

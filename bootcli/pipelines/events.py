@@ -72,10 +72,15 @@ class Comparing:
 
 @dataclass(frozen=True)
 class Scored:
-    """The student was measured."""
+    """The student was measured.
+
+    Args:
+        score: what was found.
+        is_kept: whether it is the best now (`bootcli.watch.Watch.best`).
+    """
 
     score: Score
-    is_best: bool
+    is_kept: bool
 
 
 @dataclass(frozen=True)
