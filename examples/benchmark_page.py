@@ -23,6 +23,7 @@ class Row:
     objective: str
     minutes: float
     nfe: int
+    old_paths: bool
     cells: Sequence[dict[str, Any]]
 
     def values(self, key: str) -> list[float]:
@@ -38,14 +39,14 @@ class Row:
 
 
 def rows_of(cells: Sequence[dict[str, Any]], order: Sequence[str]) -> list[Row]:
-    """The students' cells, grouped; objectives in their order."""
-    keys = sorted(
-        {(c["objective"], c["minutes"], r["nfe"]) for c in cells if "objective" in c for r in c["student"]},
-        key=lambda key: (order.index(key[0]), key[1], key[2]),
-    )
-    return [
-        Row(*key, [c for c in cells if (c.get("objective"), c.get("minutes")) == key[:2]]) for key in keys
-    ]  # fmt: skip
+    """The students' cells, grouped; objectives in their order, those of older paths before newer ones."""
+    groups: dict[tuple[str, float, int, bool], list[dict[str, Any]]] = {}
+    for cell in cells:
+        if "objective" in cell:
+            for row in cell["student"]:
+                key = (cell["objective"], cell["minutes"], row["nfe"], has_old_paths(cell))
+                groups.setdefault(key, []).append(cell)
+    return [Row(*key, groups[key]) for key in sorted(groups, key=lambda k: (order.index(k[0]), k[1], k[2], not k[3]))]
 
 
 COLUMNS = {
@@ -83,7 +84,7 @@ def page(folder: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) -> 
     for row in rows_of(cells, order):
         updates = round(fmean(cell["updates"] for cell in row.cells))
         marks = " *" if any(cell.get("paced") for cell in row.cells) else ""
-        marks += " †" if any(has_old_paths(cell) for cell in row.cells) else ""
+        marks += " †" if row.old_paths else ""
         numbers = [row.text(key, COLUMNS[key][1]) for key in columns]
         lines.append(
             f"| {row.objective} | {row.minutes:g} min{marks} | {updates:,} | {row.nfe} | {' | '.join(numbers)} | "
@@ -167,7 +168,8 @@ def save_curves(cells: Sequence[dict[str, Any]], order: Sequence[str], folder: P
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows, measure = rows_of(cells, order), measure_of(cells)
+    newest = {(row.objective, row.minutes, row.nfe): row for row in rows_of(cells, order)}
+    rows, measure = list(newest.values()), measure_of(cells)
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
     of_teachers = (
         ("ddim", "teacher, DDIM", "k-o"),
