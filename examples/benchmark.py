@@ -193,8 +193,7 @@ class Bench:
 
     def _facts(self) -> dict[str, object]:
         return {
-            "teacher": self.teacher,
-            **({} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}),
+            **self.shared,
             "num_images": self.num_images,
             "bootcli": __version__,
             "torch": torch.__version__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,14 @@ def test_parts_are_told_and_add_up(config: DistillConfig) -> None:
     assert estimate.switches == ()
     told = _costs(estimate)["of that"]
     assert all(f"{name} " in told for name in ("teacher", "student", "gradients", "optimizer", "average", "other"))
+
+
+def test_stored_paths_are_told_as_the_run_will_have_them(config: DistillConfig) -> None:
+    """The dry run itself stores a batch."""
+    estimate = dry_run(dataclasses.replace(config, objective="kd"))
+    assert estimate.main_memory == {"stored paths": 16_384 * (2 * 8 * 8 * 4 + 8)}
+    assert _costs(estimate)["on the CPU"].startswith("stored paths ")
+    assert "on the CPU" not in _costs(dry_run(config))
 
 
 def test_where_it_only_just_fits_switches_are_named(config: DistillConfig, monkeypatch: pytest.MonkeyPatch) -> None:

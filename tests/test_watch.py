@@ -157,7 +157,12 @@ def test_drawing_what_a_score_is_of_is_told_of(
     assert [type(e) for e in told] == [Comparing, Scored, Scored]
     with training() as show:
         show(told[0])
-    assert "the teacher draws 128 images to compare with" in capsys.readouterr().err
+        for kept in (True, False):
+            show(Scored(Score(4, 2.5, 1.0), kept))
+    said = capsys.readouterr().err
+    assert "the teacher draws 128 images to compare with" in said
+    assert "step 4: watched FID 2.5, kept, diversity" in said
+    assert "step 4: watched FID 2.5, diversity" in said
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *fids: float) -> None:
