@@ -163,7 +163,10 @@ def is_shown(cell: dict[str, Any], measure: str) -> bool:
 
 def save_curves(cells: Sequence[dict[str, Any]], order: Sequence[str], folder: Path) -> None:
     """What `measure_of` says against network calls, and against training time, both axes logarithmic."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise SystemExit("The cells are kept; the page's curves need matplotlib: pip install matplotlib") from None
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

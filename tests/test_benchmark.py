@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,6 +194,14 @@ def test_a_page_of_nothing_is_refused(tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match=f"{folder.name} holds no cells"):
             write_page(folder, ["kd"])
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_a_page_without_matplotlib_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "fashion").mkdir()
+    (tmp_path / "fashion" / "teacher-ddim-1.json").write_text(json.dumps({"cell": "teacher-ddim-1", "nfe": 1}))
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        write_page(tmp_path, ["kd"])
 
 
 def test_a_teacher_without_cells_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def test_two_taps_are_a_mean_and_a_repetition(side: int) -> None:
     assert torch.allclose(up(x), F.conv_transpose2d(x, box, stride=2, groups=3), atol=1e-6)
 
 
-@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
+@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1), (1, 1, 1, 1)])
 def test_a_fused_resampling_pads_once(taps: tuple[int, ...]) -> None:
     fused = ResampleConv2d(2, 3, 3, "down", taps, fused=True)
     x = noise(1, 2, 8, 8)
