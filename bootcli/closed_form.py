@@ -42,9 +42,12 @@ class MixtureNet(nn.Module):
         self.stds = nn.Parameter(stds.to(means))
         self.log_weights = nn.Parameter(weights.to(means).log())
         self.embedding = nn.Linear(2, 2, dtype=means.dtype)
-        self.embedding.load_state_dict({"weight": torch.eye(2), "bias": torch.zeros(2)})
+        nn.init.eye_(self.embedding.weight)
         self.output = nn.Conv2d(channels, channels, 1, dtype=means.dtype)
-        self.output.load_state_dict({"weight": torch.eye(channels)[..., None, None], "bias": torch.zeros(channels)})
+        nn.init.dirac_(self.output.weight)
+        for layer in (self.embedding, self.output):
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
 
     def posterior_mean(self, x_t: Tensor, coefficients: Tensor, label: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t].

@@ -1,4 +1,4 @@
-"""Device, precision and processes: the one home of accelerate."""
+"""Device, precision and processes, which accelerate takes care of."""
 
 from __future__ import annotations
 

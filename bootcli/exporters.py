@@ -192,7 +192,7 @@ def run_network(folder: Path, inputs: Tensors) -> dict[str, Tensor]:
     """One step of what `write_network` wrote, rebuilt from the file alone."""
     tensors, header = read_tensors(folder / NETWORK)
     student = build_student(header).eval()
-    student.net.load_state_dict(tensors)
+    student.net.load_state_dict(tensors, assign=True)
     given = dict(inputs)
     noise, guidance = given.pop("noise"), given.pop("guidance", None)
     return {"sample": student.sample(noise, Cond(given, guidance=guidance))}

@@ -200,16 +200,17 @@ def family_refuses_junk(probe: Probe) -> None:
 
 
 def build_remakes_the_teacher(probe: Probe) -> None:
-    """family.build(config()) gives the same spec and parameters; with the weights loaded, the same prediction."""
+    """family.build(config()) makes the same spec and parameters, reads none, and predicts the same with the weights."""
     teacher, family = probe.teacher, probe.family
     assert family is not None
-    built = family.build(json.loads(json.dumps(teacher.config(), allow_nan=False)))
+    built = family.build_empty(json.loads(json.dumps(teacher.config(), allow_nan=False)))
     need(built.spec == teacher.spec, "the spec of the rebuilt teacher differs.")
     weights = teacher.net.state_dict()
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     rebuilt = {name: tensor.shape for name, tensor in built.net.state_dict().items()}
     need(rebuilt == shapes, f"the parameters of the rebuilt network differ: {sorted(rebuilt.keys() ^ shapes.keys())}.")
-    built.net.to(probe.device).load_state_dict(weights)
+    built.net.load_state_dict(weights, assign=True)
+    built.net.to(probe.device)  # buffers that are in no file
     t = torch.full((2,), 0.5, dtype=torch.float64)
     with torch.no_grad():
         remade = built.predict(built.net, probe.x_t, t, probe.cond)

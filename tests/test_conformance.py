@@ -264,6 +264,12 @@ def built_with(**changes: object) -> TeacherFamily:
     return family(build=lambda config: build({**config, **changes}))
 
 
+def reading_a_weight(config: Mapping[str, Any]) -> Teacher:
+    teacher = build(config)
+    assert next(teacher.net.parameters()).sum().item() < 1e9
+    return teacher
+
+
 def raising(path: Path) -> bool:
     return bool(path.read_bytes())
 
@@ -360,6 +366,7 @@ CASES: Mapping[str, Case] = {
     "matches raises": Case("family_refuses_junk", mixture, family(matches=raising)),
     "config is no JSON": Case("build_remakes_the_teacher", lambda: mixture(Unjson)),
     "build forgets the type": Case("build_remakes_the_teacher", mixture, built_with(prediction="v")),
+    "build reads a weight": Case("build_remakes_the_teacher", mixture, family(build=reading_a_weight)),
     "build forgets a size": Case("build_remakes_the_teacher", mixture, built_with(components=2)),
 }
 

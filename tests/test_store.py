@@ -284,6 +284,30 @@ def test_a_student_round_trip(tiny_run: Path, tmp_path: Path) -> None:
     assert find_artifact(tiny_run / "student") == find_artifact(tiny_run) == first.path
 
 
+def test_a_student_is_not_filled_before_its_weights_come(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory, no time for numbers that are thrown away; and no hold on the file, which another may replace."""
+    filled: list[torch.Tensor] = []
+
+    def fill(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        filled.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", fill)
+    student = load_student(tiny_run).student
+    real = sum(tensor.numel() for tensor in filled if not tensor.is_meta)
+    assert real <= sum(p.numel() for p in student.time_branch.parameters()), "all of the network"
+    assert sum(p.numel() for p in student.net.parameters()) > real
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    tensors, header = read_tensors(find_artifact(tiny_run))
+    halves = {name: tensor.half() for name, tensor in tensors.items()}
+    write_tensors(tmp_path / "halves.safetensors", halves, header)
+    half = load_student(tmp_path / "halves.safetensors").student
+    assert all(torch.equal(p, halves[name].float()) for name, p in half.named_parameters())
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+
+
 def test_things_made_from_a_student_go_to_its_run(tiny_run: Path, tmp_path: Path) -> None:
     for named in (tiny_run, tiny_run / "student", tiny_run / "student" / "student.safetensors"):
         assert load_student(named).home == tiny_run

@@ -122,7 +122,10 @@ def load_student(run: Path) -> Artifact:
             teacher = _base(lora, config)
             adapter = Lora(teacher, "student", lora.rank, lora.base, lora.targets)
         student = build_student(header, teacher, adapter)
-        student.load_state_dict(tensors)
+        own = {name: tensor.dtype for name, tensor in student.state_dict().items()}
+        for name in own.keys() & tensors.keys():  # a copy: what was read is the mapped file, which may be replaced
+            tensors[name] = tensors[name].to(own[name], copy=True)
+        student.load_state_dict(tensors, assign=adapter is None)  # a LoRA's are also in the layers
         if adapter is not None:
             lora = adapter.exported({name: t.clone() for name, t in adapter.state_dict().items()})
             student.merge()
@@ -140,7 +143,7 @@ def load_student(run: Path) -> Artifact:
 
 
 def build_student(header: Mapping[str, object], teacher: Teacher | None = None, lora: Lora | None = None) -> Student:
-    """The student that a file's header describes, with untrained weights.
+    """The student that a file's header describes; the weights of its network are to be assigned.
 
     Args:
         header: of the file.
@@ -150,7 +153,7 @@ def build_student(header: Mapping[str, object], teacher: Teacher | None = None, 
     Raises `UsageError` for an unknown family, and other errors for a header that is no such thing.
     """
     if teacher is None:
-        teacher = family_named(str(header["family"])).build(cast(Mapping[str, object], header["teacher"]))
+        teacher = family_named(str(header["family"])).build_empty(cast(Mapping[str, object], header["teacher"]))
     if header["head"] not in get_args(Head):
         raise ValueError(f"unknown head {header['head']!r}")
     limits = header.get("guidance_range")
@@ -159,7 +162,7 @@ def build_student(header: Mapping[str, object], teacher: Teacher | None = None, 
         limits = float(low), float(high)
     student = Student(teacher, cast(Head, header["head"]), float(cast(float, header["t_min"])), lora, limits)
     if lora is None:
-        teacher.net = student.net  # a copy of one without weights, which would only take memory
+        teacher.net = student.net  # which is to have the weights
     return student
 
 

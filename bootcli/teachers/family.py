@@ -40,7 +40,7 @@ class TeacherFamily:
             as ``family:owner/name``.
         load: local folder or file -> teacher with weights. Raises `BootError` for a broken one.
         build: ``Teacher.config()`` -> the same teacher with untrained weights, for a stored student. Runs no code
-            from the folder.
+            from the folder, and reads no value of a parameter: they are on the meta device.
         aliases: short names.
         hub_weights: which files hold the weights in a hub repository: alternatives, the best first, each a tuple of
             patterns. They are fetched in turn, beside its ``*.json`` and card, until ``complete``.
@@ -58,6 +58,13 @@ class TeacherFamily:
     hub_weights: tuple[tuple[str, ...], ...] = ()
     hub_files: tuple[str, ...] = ()
     complete: Callable[[Path], bool] | None = None
+
+    def build_empty(self, config: Mapping[str, object]) -> Teacher:
+        """`build`, with parameters that take no memory and no time to fill: weights are to take their place."""
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=False):
+            return self.build(config)
 
 
 def readers_of(path: Path, families: Sequence[TeacherFamily]) -> tuple[list[TeacherFamily], list[str]]:
