@@ -301,6 +301,13 @@ def test_a_student_is_not_filled_before_its_weights_come(
     assert sum(p.numel() for p in student.net.parameters()) > real
     assert {p.dtype for p in student.parameters()} == {torch.float32}
     tensors, header = read_tensors(find_artifact(tiny_run))
+    path = tmp_path / "written_over.safetensors"
+    write_tensors(path, tensors, header)
+    kept = load_student(path).student
+    size = path.stat().st_size
+    with path.open("rb+") as stream:
+        stream.write(bytes(size))
+    assert all(torch.equal(p, tensors[name]) for name, p in kept.named_parameters())
     halves = {name: tensor.half() for name, tensor in tensors.items()}
     write_tensors(tmp_path / "halves.safetensors", halves, header)
     half = load_student(tmp_path / "halves.safetensors").student
