@@ -72,6 +72,7 @@ def test_a_benchmark_from_cells_to_page(bench: Bench, capsys: pytest.CaptureFixt
     ):
         assert row["fid_to_teacher"] == pytest.approx(same["fid"], rel=1e-3)  # type: ignore[index]
     lever_cells(bench, 0.01, "power")
+    assert cell(bench, "lever-default-kd.power-1.0")["settings"]["kd.power"] == 1.0  # type: ignore[index]
     text = page("fashion", read_cells(bench.cells), list(benchmark.OBJECTIVES))
     assert text.count("| few-step | 0.04 min |") == 2
     assert "in float32, torch" in text
@@ -186,6 +187,23 @@ def test_cells_of_other_paths_have_a_line_of_their_own() -> None:
         (False, [2.0]),
     ]
     assert "| kd | 5 min † | 7 | 1 | 5.00 ± 1.41 | 2 |\n| kd | 5 min | 7 | 1 | 2.00 | 1 |" in page("kd", cells, ["kd"])
+
+
+def test_levers_are_sorted_below_the_student_that_they_change() -> None:
+    students = (("boot", "late", 3.0), ("boot", "early", 1.0), ("boot", "", 2.0), ("default", "", 0.5))
+    shared = {"minutes": 5, "updates": 7, "num_images": 80, "teacher": "fashion", "threads": 1}
+    quality = {"precision": 0.8, "recall": 0.7, "paired_mse": 0.01}
+    cells = [
+        shared | {"cell": f"{base} {lever}", "base": base, "lever": lever, "student": [quality | {"fid": fid}]}
+        for base, lever, fid in students
+    ]
+    lines = page("fashion", cells, []).splitlines()
+    assert [line.split(" | ")[:2] for line in lines[-4:]] == [
+        ["| boot", ""],
+        ["| boot", "early"],
+        ["| boot", "late"],
+        ["| default", ""],
+    ]
 
 
 def test_a_page_of_nothing_is_refused(tmp_path: Path) -> None:
