@@ -46,12 +46,13 @@ class StudentConfig:
     max_gain: PositiveFloat | None = None
     """Largest sigma / alpha at which paths begin; sets t_max. None is 20 for eps teachers, whose error it multiplies,
     and for EDM's kind, where steps above it decide nothing; others begin at t = 1."""
-    start_t: Fraction | None = None
+    start_t: Step | None = None
     """Time of the teacher whose features the student starts with; None is 0.5 for an x0 head, else 1: its own."""
     t_min: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Target time of a sample."""
-    path_start: Literal["estimate", "noise"] = "estimate"
-    """Where teacher paths begin: alpha * f + sigma * eps, as in BOOT, or the noise alone, as samplers do."""
+    path_start: Literal["auto", "estimate", "noise"] = "auto"
+    """Where teacher paths begin: alpha * f + sigma * eps, as in BOOT, or the noise alone, as samplers do. Auto is noise
+    for a guided teacher whose paths begin at t = 1, else estimate."""
     lora_rank: Count = 0
     """Rank of a LoRA in the teacher's own network, whose weights are then held once; 0: the whole network learns."""
 
@@ -151,8 +152,8 @@ class PathsConfig:
     """Times fall as a line to this power, so that steps are shorter towards the data; 1: all of one length."""
     points: Positive = 1
     """Points of a path that are learned, the end among them: 1 is the end alone."""
-    buffer: Positive = 16_384
-    """Paths that are kept."""
+    buffer: Positive | None = None
+    """Paths that are kept; None: 16,384, or as many as 4 GiB hold."""
     reuse: Positive = 8
     """How often a path is drawn on average before a newer one takes its place."""
     adversary: Scale = 0.0
@@ -270,7 +271,7 @@ class DistillConfig:
     """One distillation run. Written to the run folder before step 0."""
 
     teacher: str = "fashion"
-    objective: Literal["boot", "freeflow", "kd"] = "boot"
+    objective: Literal["boot", "freeflow", "kd"] = "kd"
     corrector: bool | None = None
     """Correct the student's samples too; None: with freeflow only."""
     prompts: str | None = None
@@ -321,6 +322,12 @@ class DistillConfig:
     def guided(self) -> bool:
         """Whether the teacher is guided."""
         return self.guidance_scale != 1.0 or self.guidance_range is not None
+
+    @property
+    def path_stores(self) -> tuple[PathsConfig, ...]:
+        """The teacher paths that the run stores."""
+        kd = (self.kd,) if self.objective == "kd" else ()
+        return kd + ((self.replay,) if self.replay.share else ())
 
 
 RESUMABLE = frozenset(

@@ -103,7 +103,7 @@ def _of_lora(exporter: LoraExporter) -> Format:
 
 @torch.no_grad()
 def largest_difference(student: Student, cond: Cond, run: Callable[[Tensors], Tensors]) -> float:
-    """How far a written student, run again, is from `Student.sample`: max |a - b| in [-1, 1] units.
+    """How far a written student, run again, is from `Student.sample`: max |a - b|, in latents of a latent teacher.
 
     Args:
         student: on the CPU.

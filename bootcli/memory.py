@@ -111,16 +111,18 @@ def need_of(teacher: Teacher, config: DistillConfig, device: torch.device, judge
     )
 
 
+def bytes_of_path(teacher: Teacher, paths: PathsConfig) -> int:
+    """What a stored path takes: its noise, its points and the row of its condition."""
+    point = torch.float32.itemsize * torch.Size(teacher.spec.sample_shape).numel()
+    return (1 + paths.points) * point + torch.long.itemsize
+
+
 def main_memory(teacher: Teacher, config: DistillConfig, device: torch.device) -> dict[str, int]:
     """Bytes of main memory: at most, of the stored paths, which are made on the way, and of what is kept off a device.
 
     The arguments are those of `need_of`.
     """
-    point = 4 * torch.Size(teacher.spec.sample_shape).numel()
-    stores: list[PathsConfig] = [config.kd] if config.objective == "kd" else []
-    stores += [config.replay] if config.replay.share else []
-    row = torch.long.itemsize  # of the condition
-    found = {"stored paths": sum(store.buffer * ((1 + store.points) * point + row) for store in stores)}
+    found = {"stored paths": sum((store.buffer or 0) * bytes_of_path(teacher, store) for store in config.path_stores)}
     if device.type != "cpu":
         on_it = dataclasses.replace(config, memory=MemoryConfig(half_teacher=config.memory.half_teacher))
         there, here = need_of(teacher, on_it, device), need_of(teacher, config, device)

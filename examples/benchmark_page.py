@@ -134,7 +134,7 @@ def lever_table(cells: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
         "", "### One setting changed at a time", "",
         f"Single runs of {minutes:g} minutes{trained_on(levers)}; threads: {levers[0]['threads']}.",
-        "The unchanged student comes first.", "",
+        "The unchanged student comes first. A corrector begins at once (`correction.start=0`).", "",
         "| student | setting | updates | FID | precision | recall | paired error |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
@@ -236,10 +236,10 @@ def write_page(folder: Path, order: Sequence[str]) -> None:
         "those of Kynkäänniemi et al. 2019 (k = 3). The paired error is the mean square of the student's sample minus",
         "the end of the teacher's own path from the same noise. FID to its teacher is that of 2,000 images to as many",
         "that the teacher draws in 50 steps, from the same noise and for the same conditions: with guidance those are",
-        "far from real images, and a student that is near them is too. Minutes are of training alone, on the machine",
-        "named; ± is the standard deviation over seeds; later ones make as many updates as the first did in that time,",
-        "on a GPU too. At a * minutes are updates, as many a minute as the same run made before. At a † the teacher's",
-        "paths were those before `kd.step_power`.", "",
+        "far from real images, and a student that is near them is too. Minutes are of training alone. Seed 0 is timed",
+        "on the machine named; other seeds make as many updates, some on a GPU; ± is the standard deviation over them.",
+        "At a * nothing was timed: updates are in proportion to those of a shorter time of the run, or of an earlier",
+        "run. At a † the teacher's paths were those before `kd.step_power`.", "",
     ]  # fmt: skip
     for teacher, cells in cells_of.items():
         save_curves(cells, order, teacher)

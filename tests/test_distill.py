@@ -26,11 +26,12 @@ from bootcli.maths.schedule import Schedule, VarianceExploding
 from bootcli.objectives.adversary import Adversary
 from bootcli.objectives.corrector import Corrector
 from bootcli.pipelines import distill as pipeline
+from bootcli.pipelines.defaults import start_time
 from bootcli.pipelines.distill import distill
 from bootcli.pipelines.estimate import dry_run
 from bootcli.pipelines.events import Finished, Previewed, Saved, Started, Stepped
 from bootcli.pipelines.settings import resolve_config, resume_config
-from bootcli.pipelines.setup import set_up, start_time
+from bootcli.pipelines.setup import set_up
 from bootcli.store.rundir import RunDir
 from bootcli.teachers.registry import load
 from bootcli.trainer import StepReport, Trainer
@@ -297,7 +298,7 @@ def test_dry_run_takes_updates_as_they_are_later(
     estimate = dry_run(resolve_config(settings | words, {}, {}))
     assert heard == [True] * 6
     assert estimate.seconds_per_step == pytest.approx(0.2 + 0.5 / 10)
-    assert estimate.total_seconds == pytest.approx(250)
+    assert estimate.total_seconds == pytest.approx(250 + 16 * 0.5), "with the paths of 16 batches before the first"
     assert estimate.config["correction"]["start"] == 600  # type: ignore[index]
     assert estimate.config["kd"]["reuse"] == 10  # type: ignore[index]
     reports = iter([1.0, 0.7, 0.2])
@@ -309,7 +310,7 @@ def test_dry_run_takes_updates_as_they_are_later(
 
 
 def test_dry_run_measures_and_writes_nothing(settings: dict[str, object], tmp_path: Path) -> None:
-    estimate = dry_run(resolve_config(settings, {}, {}))
+    estimate = dry_run(resolve_config(settings | {"objective": "boot"}, {}, {}))
     assert estimate.seconds_per_step > 0
     assert estimate.total_seconds == pytest.approx(6 * estimate.seconds_per_step)
     assert estimate.memory_bytes > 1e6
@@ -363,6 +364,15 @@ def test_the_noise_level_where_paths_begin(
 def test_paths_that_begin_with_noise_alone_begin_at_its_level() -> None:
     teacher = GaussianTeacher(MEAN, 0.5, VarianceExploding())
     assert start_time(teacher, config_of(**{"student.path_start": "noise"})) == 1.0
+
+
+def test_a_teacher_named_with_its_family_is_found_from_anywhere(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Path(str(settings["teacher"]).removeprefix("ddpm:"))
+    monkeypatch.chdir(whole.parent)
+    for given, kept in ((f"ddpm:{whole.name}", f"ddpm:{whole}"), (whole.name, str(whole)), ("ddpm:fashion",) * 2):
+        assert resolve_config({**settings, "teacher": given}, {}, {}).teacher == kept
 
 
 def test_a_reference_is_found_from_anywhere(

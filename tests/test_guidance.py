@@ -16,6 +16,7 @@ from bootcli.config import (
     GuidanceConfig,
     KDConfig,
     OptimizerConfig,
+    ReplayConfig,
     StudentConfig,
     resolve,
 )
@@ -23,13 +24,14 @@ from bootcli.critic import Critic
 from bootcli.deck import Deck
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
-from bootcli.maths.schedule import vp_table
+from bootcli.maths.schedule import Schedule, VarianceExploding, vp_table
 from bootcli.memory import need_of, switches
 from bootcli.objectives.base import conditions
 from bootcli.objectives.corrector import Corrector
 from bootcli.objectives.kd import KD
+from bootcli.pipelines.defaults import without_auto
 from bootcli.pipelines.requests import condition_of, sampling_scale
-from bootcli.pipelines.setup import set_up, teacher_view, without_auto
+from bootcli.pipelines.setup import set_up, teacher_view
 from bootcli.sampler import prior_noise, reference_calls, teacher_endpoint, teacher_images
 from bootcli.student import Student
 from bootcli.teachers.guided_pool import LEVELS, GuidedPool
@@ -40,6 +42,7 @@ from tests.guided import GuidedTeacher
 
 MEAN = torch.tensor([0.5, -0.3, 0.2, 0.1]).reshape(1, 2, 2)
 DDPM = vp_table(torch.linspace(1e-4, 0.02, 1000))
+SD = vp_table(torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square())
 CPU = Engine("cpu", "no")
 W = torch.tensor([1.0, 2.0, 3.5, 6.0])
 
@@ -151,9 +154,9 @@ def test_w_is_drawn_uniformly_and_changes_no_draw_without_it() -> None:
 def test_a_stored_path_keeps_its_w() -> None:
     guided = view(levels=LEVELS)
     pool = GuidedPool(Cond({"label": torch.zeros(1, dtype=torch.long)}), 1.0, 6.0)
-    kd = KD(KDConfig(teacher_steps=50, solver="heun"), 0.0, guided, 0.0, 0.9, pool)
+    kd = KD(KDConfig(teacher_steps=50, solver="heun", buffer=64), 0.0, guided, 0.0, 0.9, pool)
     kd.renew(torch.Generator().manual_seed(0), 4, 1, 1, CPU)
-    other = KD(KDConfig(solver="heun"), 0.0, guided, 0.0, 0.9, pool)
+    other = KD(KDConfig(solver="heun", buffer=64), 0.0, guided, 0.0, 0.9, pool)
     other.load_state(kd.state())
     draw = other.draw(torch.Generator().manual_seed(1), 16, 1, 0.0)
     w = pool.rows(draw.rows).guidance
@@ -295,6 +298,36 @@ def test_paths_of_a_guided_teacher_are_drawn_without_a_corrector() -> None:
         assert (found.kd.solver, found.replay.solver) == (solver, solver)
     named = DistillConfig(kd=KDConfig(solver="euler"))
     assert without_auto(teacher, named, CPU).kd.solver == "euler"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said", "start"),
+    [
+        (SD, {"guidance_scale": 3.0}, "noise"),
+        (SD, {"guidance_range": (1.0, 3.0)}, "noise"),
+        (SD, {}, "estimate"),
+        (SD, {"guidance_scale": 3.0, "student.path_start": "estimate"}, "estimate"),
+        (SD, {"guidance_scale": 3.0, "student.max_gain": 5.0}, "estimate"),
+        (DDPM, {"guidance_scale": 3.0}, "estimate"),  # they begin below t = 1
+        (VarianceExploding(), {"guidance_scale": 3.0}, "estimate"),
+    ],
+)
+def test_guided_paths_begin_with_noise_where_they_begin_at_all_of_it(
+    schedule: Schedule, said: dict[str, object], start: str
+) -> None:
+    config = resolve(said)
+    teacher = GuidedTeacher(MEAN, 0.4, schedule, "eps")
+    assert without_auto(teacher, config, CPU).student.path_start == start
+    assert teacher_view(teacher, config, CPU).path_start == start
+
+
+def test_stored_paths_take_at_most_so_much() -> None:
+    teacher = GuidedTeacher(MEAN, 0.4)
+    assert without_auto(teacher, DistillConfig(), CPU).kd.buffer == 16_384
+    large = GuidedTeacher(torch.zeros(3, 256, 256), 0.4)
+    found = without_auto(large, DistillConfig(replay=ReplayConfig(buffer=7)), CPU)
+    assert 2**32 - 2**21 < (found.kd.buffer or 0) * 2 * 4 * 3 * 256**2 < 2**32
+    assert found.replay.buffer == 7
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

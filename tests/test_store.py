@@ -197,6 +197,9 @@ def test_checkpoints_keep_the_newest(tmp_path: Path) -> None:
 def test_run_folder_refuses_what_it_must_not_replace(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     run.check_free(overwrite=False)
+    run.path.mkdir()
+    (run.path / ".lock").touch()  # of a process that was killed before its first file
+    run.check_free(overwrite=False)
     run.create(DistillConfig(seed=3), keep=False)
     assert run.config() == DistillConfig(seed=3)
     run.check_free(overwrite=True)
@@ -318,6 +321,10 @@ def test_a_student_is_not_filled_before_its_weights_come(
 def test_things_made_from_a_student_go_to_its_run(tiny_run: Path, tmp_path: Path) -> None:
     for named in (tiny_run, tiny_run / "student", tiny_run / "student" / "student.safetensors"):
         assert load_student(named).home == tiny_run
+    best = tmp_path / "run" / "checkpoints" / "best.safetensors"
+    best.parent.mkdir(parents=True)
+    shutil.copy(find_artifact(tiny_run), best)
+    assert load_student(best).home == tmp_path / "run"
     alone = tmp_path / "mine.safetensors"
     shutil.copy(find_artifact(tiny_run), alone)
     assert load_student(alone).home == tmp_path

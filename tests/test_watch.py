@@ -18,11 +18,12 @@ from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import frechet
 from bootcli.pipelines import distill as pipeline
 from bootcli.pipelines import scoring
+from bootcli.pipelines.defaults import without_auto
 from bootcli.pipelines.distill import distill
 from bootcli.pipelines.events import Comparing, Finished, Scored, Stepped, Warned
 from bootcli.pipelines.scoring import Scorer
 from bootcli.pipelines.settings import resolve_config, resume_config
-from bootcli.pipelines.setup import set_up, without_auto
+from bootcli.pipelines.setup import set_up
 from bootcli.plugin import Teacher
 from bootcli.reference import reference_for
 from bootcli.sampler import prior_noise

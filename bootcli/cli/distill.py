@@ -81,7 +81,7 @@ ResolutionOption = Annotated[
 ]
 ObjectiveOption = Annotated[
     Literal["boot", "freeflow", "kd"] | None,
-    typer.Option(help="What to train on.", show_default=recipe("boot"), rich_help_panel=TRAINING),
+    typer.Option(help="What to train on.", show_default=recipe("kd"), rich_help_panel=TRAINING),
 ]
 CorrectorOption = Annotated[
     bool | None,
@@ -362,7 +362,10 @@ def _summary(last: Mapping[str, Any], warnings: list[str]) -> dict[str, object]:
     if warnings:
         result["warnings"] = warnings
     if "Previewed" in last:
-        result |= {"preview": last["Previewed"].path, "paired_error": last["Previewed"].paired_error}
+        shown = last["Previewed"]
+        result["preview"] = shown.path
+        if finished.best is None or finished.best.step == shown.step:  # else of a later student than the one kept
+            result["paired_error"] = shown.paired_error
     if "Stepped" in last:  # not where a finished run is resumed
         result |= {"loss": last["Stepped"].report.loss, "residual": last["Stepped"].report.residual}
     return result

@@ -112,6 +112,8 @@ def evaluate(
             "--teacher-steps: --metric paired alone takes no numbers of the teacher.",
             "Leave it out, or add --metric fid.",
         )
+    if any(count > 1 for count in calls) and set(metrics) == {"paired"}:
+        raise UsageError("--nfe: --metric paired is of one call alone.", "Leave it out, or add --metric fid.")
     size = pixels(resolution)
     run = find_run(run)
     from bootcli import ui

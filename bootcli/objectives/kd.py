@@ -71,7 +71,8 @@ class KD(Objective[KDDraw]):
         self.pool = pool
         shape, points = teacher.teacher.spec.sample_shape, config.points
         assert config.solver != "auto", "resolved"
-        self._solver = config.solver
+        assert config.buffer is not None, "resolved"
+        self._solver, self._size = config.solver, config.buffer
         self._steps = math.ceil(config.teacher_steps / points)  # from a point to the next
         falling = torch.linspace(1, 0, self._steps * points + 1, dtype=torch.float64) ** config.step_power
         self._grid = t_min + (t_max - t_min) * falling
@@ -94,7 +95,7 @@ class KD(Objective[KDDraw]):
         """Put new paths into the buffer: some batches before the first update, later one every ``reuse`` updates."""
         self._undo = []
         if not self._count:
-            count = min(self.config.buffer, FIRST_FILL * batch_size)
+            count = min(self._size, FIRST_FILL * batch_size)
         elif step % self.config.reuse == 0:
             count = batch_size
         else:
@@ -106,8 +107,8 @@ class KD(Objective[KDDraw]):
         mine = slice(engine.rank * count // engine.num_processes, (engine.rank + 1) * count // engine.num_processes)
         parts = zip(torch.split(eps[mine], size), torch.split(rows[mine], size), strict=True)
         points = engine.gather(torch.cat([self._follow(e, r, engine) for e, r in parts])).cpu()
-        for start in range(0, count, self.config.buffer):
-            part = slice(start, start + self.config.buffer)
+        for start in range(0, count, self._size):
+            part = slice(start, start + self._size)
             self._store(eps[part], rows[part], points[part])
 
     @torch.no_grad()
@@ -126,14 +127,14 @@ class KD(Objective[KDDraw]):
 
     def _store(self, eps: Tensor, rows: Tensor, points: Tensor) -> None:
         """Append while there is room; then the oldest paths make room."""
-        new = min(len(eps), self.config.buffer - self._count)
-        late = (self._next + torch.arange(len(eps) - new)) % self.config.buffer
+        new = min(len(eps), self._size - self._count)
+        late = (self._next + torch.arange(len(eps) - new)) % self._size
         self._undo.append((self._count, self._next, late, tuple(kept[late] for kept in self._kept)))
         places = torch.cat([self._count + torch.arange(new), late])
         for kept, given in zip(self._kept, (eps, rows, points), strict=True):
             kept[places] = given
         self._count += new
-        self._next = (self._next + len(late)) % self.config.buffer
+        self._next = (self._next + len(late)) % self._size
 
     def take_back(self) -> None:
         """See `Objective.take_back`."""

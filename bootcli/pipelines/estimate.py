@@ -16,8 +16,10 @@ import torch
 from bootcli.config import DistillConfig, to_dict
 from bootcli.engine import Engine, is_out_of_memory
 from bootcli.memory import TIGHT, Need, Switch, main_memory, need_of, switches
+from bootcli.objectives.kd import FIRST_FILL
+from bootcli.pipelines.defaults import without_auto
 from bootcli.pipelines.distill import Session
-from bootcli.pipelines.setup import facts_of, set_up, without_auto
+from bootcli.pipelines.setup import facts_of, set_up
 from bootcli.store.rundir import RunDir
 from bootcli.teachers.registry import load
 from bootcli.trainer import Trainer
@@ -65,16 +67,16 @@ def dry_run(config: DistillConfig) -> Estimate:
     teacher, device = loaded.teacher, engine.device
     resolved = without_auto(teacher, config, engine)
     facts = {"teacher": f"{config.teacher} ({loaded.origin})", "device": str(device)}
-    need, judge, seconds, measured = need_of(teacher, resolved, device), None, None, None
+    need, judge, cost, measured = need_of(teacher, resolved, device), None, None, None
     try:
         work = set_up(teacher, _soon(config), engine)
-        resolved, judge, facts = _later(work.config, config), work.judge, facts_of(work, loaded.origin, engine)
+        resolved, judge, facts = _later(work.config, resolved), work.judge, facts_of(work, loaded.origin, engine)
         need = need_of(teacher, resolved, device, judge)
         trainer = Trainer(work, work.config, engine)
         for _ in Session(RunDir(Path()), work, trainer, loaded.family.name, engine).encode():
             pass
-        resolved = _later(trainer.config, config)
-        seconds, measured = _measure(trainer, config, device)
+        resolved = _later(trainer.config, resolved)
+        cost, measured = _measure(trainer, resolved, device)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -84,8 +86,8 @@ def dry_run(config: DistillConfig) -> Estimate:
     return Estimate(
         config=to_dict(resolved),
         facts=facts,
-        seconds_per_step=seconds,
-        total_seconds=None if seconds is None else min(seconds * config.steps, 60 * (config.max_minutes or math.inf)),
+        seconds_per_step=None if cost is None else cost.update,
+        total_seconds=None if cost is None else cost.total(config),
         memory_bytes=total,
         parameters=need.student // 4,
         needs=needs,
@@ -117,6 +119,17 @@ def _later(found: DistillConfig, config: DistillConfig) -> DistillConfig:
 
 
 @dataclass(frozen=True)
+class _Cost:
+    """Seconds of a usual update, and of the teacher paths before the first."""
+
+    update: float
+    before: float
+
+    def total(self, config: DistillConfig) -> float:
+        return min(self.before + self.update * config.steps, 60 * (config.max_minutes or math.inf))
+
+
+@dataclass(frozen=True)
 class _Measured:
     """Bytes: the peak of the device, and on a CPU what the process held before the last update."""
 
@@ -124,8 +137,8 @@ class _Measured:
     before: int
 
 
-def _measure(trainer: Trainer, config: DistillConfig, device: torch.device) -> tuple[float, _Measured]:
-    """Seconds of a usual update, and memory."""
+def _measure(trainer: Trainer, config: DistillConfig, device: torch.device) -> tuple[_Cost, _Measured]:
+    """Time, and memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # larger sizes were tried before
     reports = trainer.run()
@@ -133,10 +146,12 @@ def _measure(trainer: Trainer, config: DistillConfig, device: torch.device) -> t
     with_paths, before = next(reports), _held()
     with _PeakOfProcess() as process:
         without = next(reports)
-    stored = config.kd if config.objective == "kd" else config.replay if config.replay.share else None
-    of_paths = max(0.0, with_paths.seconds - without.seconds) / stored.reuse if stored else 0.0
+    reuse = [store.reuse for store in config.path_stores]
+    paths = max(0.0, with_paths.seconds - without.seconds) if reuse else 0.0  # of a batch
+    of_paths = paths / min(reuse, default=1)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process.most
-    return max(0.0, without.seconds + of_paths - _of_average(trainer, config.steps)), _Measured(peak, before)
+    update = max(0.0, without.seconds + of_paths - _of_average(trainer, config.steps))
+    return _Cost(update, FIRST_FILL * paths), _Measured(peak, before)
 
 
 def _of_average(trainer: Trainer, steps: int) -> float:

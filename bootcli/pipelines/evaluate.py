@@ -18,8 +18,9 @@ from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import INCEPTION
 from bootcli.manifold import MOST_ROWS, NEIGHBOURS, Manifold, manifold_of, some_rows
 from bootcli.pipelines.bench import Bench, Progress, own_images
+from bootcli.pipelines.defaults import start_time
 from bootcli.pipelines.requests import check_negatives, condition_of, labels_of, prompts_of, sampling_scale, seed_of
-from bootcli.pipelines.setup import refinement_starts, start_time, teacher_view
+from bootcli.pipelines.setup import refinement_starts, teacher_view
 from bootcli.prompts import Prompts, read_prompts
 from bootcli.reference import OWN_STEPS, Reference, reference_for, write_reference
 from bootcli.sampler import reference_times

@@ -52,7 +52,7 @@ class Previewed:
     step: int
     path: Path
     paired_error: float
-    """Mean squared error of the student's sample to the teacher's, in [-1, 1] units."""
+    """Mean squared error of the student's sample to the teacher's, in latents where it draws those."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from bootcli.store.files import atomic_folder, check_free, write_json
 from bootcli.store.rundir import RunDir
 
 TOLERANCE = 1e-4
-"""Largest difference to bootcli's own sampler, in [-1, 1] units, before clamping and rounding."""
+"""Largest difference to bootcli's own sampler, before decoding, clamping and rounding."""
 FACTS = "bootcli.json"
 """In every export: where it comes from, and the sign that bootcli may replace the folder."""
 

@@ -35,7 +35,8 @@ def resolve_config(
 def resume_config(
     run: Path, flags: Mapping[str, object], overrides: Mapping[str, object], file: Mapping[str, object]
 ) -> DistillConfig:
-    """The stored configuration with what may change on ``--resume``: a longer ``steps``, and logging.
+    """The stored configuration with what may change on ``--resume``: longer ``steps`` and ``max_minutes``, and what is
+    shown and kept on the way (`RESUMABLE`).
 
     Raises `UsageError` for any other change.
     """
@@ -50,7 +51,8 @@ def resume_config(
         listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in refused.items())
         raise UsageError(
             f"--resume cannot change {listed} of {run}.",
-            "Only longer --steps and --max-minutes, and logging, may change; start a new run for the rest.",
+            "Only longer --steps and --max-minutes, and what is shown and kept on the way, may change; start a new run "
+            "for the rest.",
         )
     return changed
 
@@ -76,10 +78,13 @@ def _whole_paths(config: DistillConfig) -> DistillConfig:
         return reference if path == OWN_IMAGES else prefix + whole(path)
 
     teacher, reference = registry.resolve(config.teacher), config.watch.reference
+    local = teacher.origin == registry.LOCAL
+    prefix = f"{teacher.family.name}:" if teacher.family is not None else ""
+    prefix = prefix if config.teacher.startswith(prefix) else ""
     return dataclasses.replace(
         config,
         watch=dataclasses.replace(config.watch, reference=reference and whole_reference(reference)),
-        teacher=whole(config.teacher) if teacher.origin == registry.LOCAL else config.teacher,
+        teacher=prefix + whole(config.teacher.removeprefix(prefix)) if local else config.teacher,
         prompts=config.prompts and whole(config.prompts),
         init_from=config.init_from and whole(config.init_from),
     )

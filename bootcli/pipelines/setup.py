@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, assert_never
@@ -11,7 +10,7 @@ import torch
 
 from bootcli.batch import Work
 from bootcli.conditions import PromptPool
-from bootcli.config import OWN_IMAGES, DistillConfig, Solver, differences
+from bootcli.config import DistillConfig, differences
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.judge import Features, make_judge
@@ -23,7 +22,8 @@ from bootcli.objectives.corrector import Corrector
 from bootcli.objectives.freeflow import FreeFlow
 from bootcli.objectives.kd import KD
 from bootcli.objectives.refiner import Refiner
-from bootcli.pipelines.networks import adversary_beside, check_lora, check_memory, head_of, make_networks, try_half
+from bootcli.pipelines.defaults import path_start_of, start_time, without_auto
+from bootcli.pipelines.networks import adversary_beside, check_lora, check_memory, make_networks, try_half
 from bootcli.pipelines.requests import (
     check_negatives,
     check_requests,
@@ -42,8 +42,6 @@ from bootcli.teachers.guided_pool import LEVELS, GuidedPool
 from bootcli.teachers.protocol import Cond, Conditions, Teacher
 from bootcli.teachers.view import TeacherView
 
-MAX_GAIN = 20.0
-"""sigma / alpha where paths begin, unless it is said."""
 RECOMPILE_LIMIT = 64
 """Networks of one class share it, and past it run uncompiled. Each needs a graph for every gradient mode and shape."""
 
@@ -90,7 +88,7 @@ def teacher_view(
         raise UsageError(f"--negative-prompt: the teacher {config.teacher} takes no prompts.")
     if not config.guided:
         _check_unguided(config)
-        return TeacherView(teacher, path_start=config.student.path_start)
+        return TeacherView(teacher, path_start=path_start_of(teacher, config))
     guidance, scale = config.guidance, sampling_scale(config, guidance_scale)
     if teacher.spec.conditioning == "none":
         flag = "--guidance-scale" if config.guidance_range is None else "--guidance-range"
@@ -104,7 +102,7 @@ def teacher_view(
         guidance.interval,
         rescale=guidance.rescale,
         one_batch=guidance.one_batch,
-        path_start=config.student.path_start,
+        path_start=path_start_of(teacher, config),
         levels=1 if config.guidance_range is None else LEVELS,
     )
 
@@ -240,34 +238,6 @@ def guidance_of(config: DistillConfig) -> str:
     return words + (f", at noise levels {low:g} to {high:g}" if (low, high) != (0, 1) else "")
 
 
-def without_auto(teacher: Teacher, config: DistillConfig, engine: Engine) -> DistillConfig:
-    """The configuration with what it leaves open; how a batch is split is the trainer's to find."""
-    weight = config.boot.weight
-    if weight == "auto":
-        weight = "velocity" if teacher.spec.prediction == "flow" else "uniform"
-    head, start_t = head_of(teacher, config), config.student.start_t
-    if start_t is None:
-        start_t = 0.5 if head == "x0" else 1.0
-    if config.student.lora_rank and start_t != 1.0:
-        raise UsageError("student.start_t: a LoRA starts as the teacher, whose weights it shares.", "Leave it out.")
-    solver: Solver = "multistep" if config.guided else "unipc"
-    kd = replace(config.kd, solver=solver) if config.kd.solver == "auto" else config.kd
-    replay = replace(config.replay, solver=solver) if config.replay.solver == "auto" else config.replay
-    reference = config.watch.reference
-    if reference is None and config.guided and teacher.feature_space() is not None:
-        reference = OWN_IMAGES
-    return dataclasses.replace(
-        config,
-        mixed_precision=engine.mixed_precision,
-        watch=dataclasses.replace(config.watch, reference=reference),
-        student=dataclasses.replace(config.student, head=head, start_t=start_t, max_gain=max_gain_of(teacher, config)),
-        boot=dataclasses.replace(config.boot, weight=weight),
-        kd=kd,
-        replay=replay,
-        corrector=config.objective == "freeflow" if config.corrector is None else config.corrector,
-    )
-
-
 def make_objective(config: DistillConfig, view: TeacherView, pool: Conditions, t_max: float) -> Objective[Any]:
     """The prediction objective that the configuration names."""
     t_min = config.student.t_min
@@ -317,27 +287,6 @@ def refinement_starts(teacher: Teacher, config: DistillConfig, nfe: int) -> tupl
         )
     # Spread over all trained times; a single one is the middle.
     return tuple(times[(2 * i + 1) * len(times) // (2 * (nfe - 1))] for i in range(nfe - 1))
-
-
-def start_time(teacher: Teacher, config: DistillConfig) -> float:
-    """t_max: the largest t with a noise level of at most ``student.max_gain``."""
-    student, max_gain = config.student, max_gain_of(teacher, config)
-    t_max = 1.0 if max_gain is None else teacher.spec.schedule.time_of(max_gain)
-    if t_max < student.t_min + 0.01:
-        raise UsageError(f"student.max_gain {max_gain:g} leaves no time range above t_min {student.t_min}.")
-    if student.path_start == "noise" and t_max < 1:
-        raise UsageError(
-            f"student.path_start=noise: with student.max_gain {max_gain:g} paths begin at t = {t_max:.2f}.",
-            "Raise student.max_gain, or take student.path_start=estimate.",
-        )
-    return t_max
-
-
-def max_gain_of(teacher: Teacher, config: DistillConfig) -> float | None:
-    """``student.max_gain``, or what it is for this teacher where it says nothing."""
-    spec, student = teacher.spec, config.student
-    explodes = spec.schedule.prior_scale > 1 and student.path_start == "estimate"  # noise alone begins at its own level
-    return MAX_GAIN if student.max_gain is None and (spec.prediction == "eps" or explodes) else student.max_gain
 
 
 @torch.no_grad()

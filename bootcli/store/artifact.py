@@ -55,7 +55,7 @@ class Artifact:
     def home(self) -> Path:
         """Where things made from it go: its run folder, or the folder of a file that lies outside a run."""
         run = self.path.parent.parent
-        return run if RunDir(run).student == self.path else self.path.parent
+        return run if self.path in (RunDir(run).student, RunDir(run).best) else self.path.parent
 
 
 def save_student(

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,17 +85,18 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def check_free(folder: Path, *, overwrite: bool, mark: str | None = None) -> None:
+def check_free(folder: Path, *, overwrite: bool, mark: str | None = None, ours: Sequence[str] = ()) -> None:
     """Raise `UsageError` unless files may be written into ``folder``: a new or empty one, or one to ``overwrite``.
 
     Args:
         folder: where the files will go.
         overwrite: whether the user agrees to lose what is there.
         mark: the file by which bootcli knows a folder of its own; without it nothing is ever overwritten.
+        ours: names of files that count for nothing.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file.", "Name a folder with --output.")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.name in ours for path in folder.iterdir()):
         return
     if not overwrite:
         raise UsageError(f"The output folder {folder} is not empty.", "Choose another --output, or use --overwrite.")

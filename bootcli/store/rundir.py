@@ -1,6 +1,7 @@
 """The run folder: where each thing of a run lies. Light: imports no torch.
 
 config.json   the resolved configuration, written before step 0
+prompts.jsonl what a text teacher was asked for
 log.jsonl     one line per logged step
 scores.jsonl  one line per score of the student while it learns
 previews/     PNG grids: the teacher's many-step samples above the student's, from the same noise
@@ -133,7 +134,7 @@ class RunDir:
 
     def check_free(self, *, overwrite: bool) -> None:
         """Raise `UsageError` for a folder that is not empty, unless ``overwrite`` and it holds an earlier run."""
-        check_free(self.path, overwrite=overwrite, mark=self.config_file.name)
+        check_free(self.path, overwrite=overwrite, mark=self.config_file.name, ours=(self._lock.name,))
         if self.config_file.exists() and not self._is_run():
             raise UsageError(
                 f"{self.config_file} is not a run's, so {self.path} is not overwritten.", "Choose another --output."

@@ -15,7 +15,7 @@ from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.maths.schedule import DiscreteVP, LinearPath
 from bootcli.pipelines import evaluate as pipeline
-from bootcli.pipelines.setup import start_time
+from bootcli.pipelines.defaults import start_time
 from bootcli.plugin import Cond, Teacher
 from bootcli.reference import OWN_STEPS
 from bootcli.sampler import paired_errors, path_ends, prior_noise, teacher_endpoint

@@ -23,7 +23,8 @@ def objective(
     teacher: GaussianMixtureTeacher | None = None, pool: Cond | None = None, power: float = 0.0, **config: Any
 ) -> KD:
     teacher = teacher or GaussianTeacher(MEAN, 0.5, DDPM)
-    return KD(PathsConfig(**{"solver": "unipc"} | config), power, TeacherView(teacher), 0.0, 0.8, pool or Cond())
+    paths = PathsConfig(**{"solver": "unipc", "buffer": 1024} | config)
+    return KD(paths, power, TeacherView(teacher), 0.0, 0.8, pool or Cond())
 
 
 def renewed(kd: KD, steps: int, batch_size: int = 8, first: int = 1) -> KD:
@@ -61,9 +62,8 @@ def test_steps_are_shorter_towards_the_data(power: float, times: list[float], mo
         return denoise(x, t, cond)
 
     monkeypatch.setattr(view, "denoise", listening)
-    kd = KD(
-        PathsConfig(teacher_steps=4, solver="unipc", points=2, step_power=power, reuse=1), 0.0, view, 0.0, 0.8, Cond()
-    )
+    paths = PathsConfig(teacher_steps=4, solver="unipc", points=2, step_power=power, reuse=1, buffer=8)
+    kd = KD(paths, 0.0, view, 0.0, 0.8, Cond())
     kd.renew(torch.Generator(), 1, 1, 1, Engine("cpu", "no"), at_once=100)
     assert asked == pytest.approx([0.8, times[0], (times[0] + times[1]) / 2, *times[1:]])
 
@@ -76,7 +76,7 @@ def test_a_path_from_noise_alone_ends_where_the_flow_leads() -> None:
     ends = {}
     for start in ("noise", "estimate"):
         view = TeacherView(teacher, path_start=start)
-        kd = renewed(KD(PathsConfig(teacher_steps=200, solver="multistep"), 0.0, view, 0.0, 1.0, Cond()), 1)
+        kd = renewed(KD(PathsConfig(teacher_steps=200, solver="multistep", buffer=128), 0.0, view, 0.0, 1.0, Cond()), 1)
         batch = draw(kd)
         ends[start] = batch.points
         begun = {"noise": batch.eps, "estimate": sigma * batch.eps + alpha * view.start_of_path(batch.eps, Cond(), 1.0)}

@@ -189,7 +189,13 @@ def test_it_trains_with_all_parts_resumes_bit_for_bit_and_splits(make_folder: Ma
     folder, prompts = make_folder(), Prompts([Prompt("a red shoe"), Prompt("a green coat", "blue")])
 
     def trainer(**more: object) -> Trainer:
-        parts = {"corrector": True, "replay.share": 0.25, "replay.adversary": 0.1, "replay.points": 1}
+        parts = {
+            "objective": "boot",
+            "corrector": True,
+            "replay.share": 0.25,
+            "replay.adversary": 0.1,
+            "replay.points": 1,
+        }
         soon = {"refiner.share": 0.125, "correction.warmup": 0, "adversary.warmup": 0, "replay.teacher_steps": 2}
         guided = {"guidance_range": LIMITS, "guidance.one_batch": False, "guidance.rescale": 0.7}
         run = {"steps": 4, "batch_size": 16, "optimizer.warmup_steps": 1, "learning_rate": 1e-3, "student.head": "x0"}

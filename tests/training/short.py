@@ -30,6 +30,7 @@ every_objective = pytest.mark.parametrize("objective", ["boot", "freeflow", "kd"
 
 def config_of(**settings: object) -> DistillConfig:
     base: dict[str, object] = {
+        "objective": "boot",
         "steps": 6,
         "batch_size": 8,
         "learning_rate": 1e-3,

@@ -127,10 +127,10 @@ def test_what_is_refined_is_judged_from_where_it_started(tiny_teacher: Teacher) 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"replay.adversary": 0.5}, "needs stored paths"),
+        ({"objective": "boot", "replay.adversary": 0.5}, "needs stored paths"),
         ({"objective": "kd", "replay.share": 0.25, "replay.adversary": 0.5}, "Set kd.adversary"),
         ({"objective": "kd", "kd.adversary": 0.5, "adversary.sigmas": [0.2, 0.1]}, "do not rise"),
-        ({"replay.share": 0.25, "replay.adversary": 0.5}, "2 samples together learn 4 points"),
+        ({"objective": "boot", "replay.share": 0.25, "replay.adversary": 0.5}, "2 samples together learn 4 points"),
         ({"objective": "kd", "kd.adversary": 0.5, "kd.points": 9}, "8 samples together learn 9 points"),
     ],
 )
@@ -140,6 +140,10 @@ def test_an_adversary_without_samples_is_refused(
     with pytest.raises(BootError) as error:
         build(tiny_teacher, config_of(**settings))
     assert message in f"{error.value.message} {error.value.hint}"
+
+
+def test_a_recipe_for_kd_does_not_bind_another_objective(tiny_teacher: Teacher) -> None:
+    build(tiny_teacher, config_of(objective="boot", **{"kd.adversary": 0.5, "kd.points": 9}))
 
 
 @pytest.mark.parametrize(
