@@ -52,6 +52,10 @@ images, from the diffusion model `{name}` of the {family} family. Its samples ar
 Tensors = Mapping[str, Tensor]
 
 
+BARE = "safetensors"
+"""The format that every student has."""
+
+
 @dataclass(frozen=True)
 class Format:
     """A format.
@@ -70,10 +74,10 @@ class Format:
 
 
 def formats_of(artifact: Artifact) -> dict[str, Format]:
-    """Every format this student can be written in, by name."""
-    general = {"safetensors": Format(write_network, run_network, "loaded back by bootcli", takes_guidance=True)}
+    """Every format this student can be written in, by name; its family's own come first."""
     teacher = artifact.student.teacher
-    formats = general | {name: _of_family(one) for name, one in teacher.export_formats().items()}
+    formats = {name: _of_family(one) for name, one in teacher.export_formats().items()}
+    formats.setdefault(BARE, Format(write_network, run_network, "loaded back by bootcli", takes_guidance=True))
     if artifact.lora is not None:
         formats |= {name: _of_lora(one) for name, one in teacher.lora_formats().items()}
     return formats

@@ -13,9 +13,12 @@ from bootcli.cli.options import JsonOption, OverwriteOption, RunArgument, at_hom
 EXAMPLES = examples("bootcli export", "bootcli export runs/mine --format diffusers --output my-student")
 
 FormatOption = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--format", metavar="NAME", help="Format; each teacher family has its own, see: bootcli teachers NAME"
+        "--format",
+        metavar="NAME",
+        help="Format; each teacher family has its own, see: bootcli teachers NAME",
+        show_default="diffusers, or safetensors where the family has none",
     ),
 ]
 OutputOption = Annotated[
@@ -26,7 +29,7 @@ OutputOption = Annotated[
 
 def export(
     run: RunArgument = None,
-    format_: FormatOption = "diffusers",
+    format_: FormatOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -38,7 +41,8 @@ def export(
     run = find_run(run)
     from bootcli.store.files import check_free
 
-    check_free(output or run / "export" / format_, overwrite=overwrite)
+    if folder := output or (format_ and run / "export" / format_):
+        check_free(folder, overwrite=overwrite)
     from bootcli import ui
     from bootcli.pipelines.export import export as write
 

@@ -111,6 +111,8 @@ def _check_new(file: Path) -> None:
 
 def describe(loaded: Loaded) -> dict[str, object]:
     """What was found in a teacher; ``details`` is what only its family can tell."""
+    from bootcli.exporters import BARE
+
     teacher, spec = loaded.teacher, loaded.teacher.spec
     space = teacher.feature_space()
     return {
@@ -125,7 +127,7 @@ def describe(loaded: Loaded) -> dict[str, object]:
         "terminal_snr": spec.schedule.terminal_snr(),
         "parameters": sum(parameter.numel() for parameter in teacher.net.parameters()),
         "feature_space": space.name if space else None,
-        "export_formats": sorted({**teacher.export_formats(), **teacher.lora_formats()}),
+        "export_formats": sorted({BARE, *teacher.export_formats(), *teacher.lora_formats()}),
         "recipe": teacher.recipe(),
         "details": teacher.describe(),
     }

@@ -57,7 +57,8 @@ def evaluate(
     """Measure a student and its teacher with the same seeds, conditions and reference.
 
     Image i of repeat k has the seed ``seed + k * num_images + i`` and the condition that `bootcli sample` gives that
-    seed. Networks compute in float32, whatever the run was trained in, so that the number is the same on every device.
+    seed. Networks compute in float32, whatever the run was trained in, so that devices agree but for rounding: on a GPU
+    of NVIDIA's torch rounds what convolutions multiply to TF32.
 
     Args:
         run: a run folder or a student file.

@@ -42,14 +42,14 @@ class Exported:
     check: str
 
 
-def export(run: Path, *, format: str, output: Path | None = None, overwrite: bool = False) -> Exported:
+def export(run: Path, *, format: str | None = None, output: Path | None = None, overwrite: bool = False) -> Exported:
     """Write a student, run what was written and compare; the folder appears only if both are the same.
 
     Everything is computed on the CPU in float32.
 
     Args:
         run: a run folder, its student folder or a student file.
-        format: one of `bootcli.exporters.formats_of`.
+        format: one of `bootcli.exporters.formats_of`; None is the first of them.
         output: the folder; None is ``RUN/export/<format>``, for a student file outside a run ``export/`` beside it.
         overwrite: replace an earlier export there.
 
@@ -57,6 +57,7 @@ def export(run: Path, *, format: str, output: Path | None = None, overwrite: boo
     that does not run or differs by more than `TOLERANCE`.
     """
     artifact = load_student(run)
+    format = format or next(iter(formats_of(artifact)))
     chosen = _pick(artifact, format)
     folder = output or RunDir(artifact.home).exports / format
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):  # the folder is replaced as a whole

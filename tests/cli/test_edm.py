@@ -69,7 +69,7 @@ def test_from_a_pickle_to_a_student(inside: Inside, tiny_edm: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     done = inside("sample", "run", "-n", "2", "--class", "2", "--output", "images")
     assert done.returncode == 0, done.stderr
-    done = inside("export", "run", "--format", "safetensors")
+    done = inside("export", "run")
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "run" / "export" / "safetensors" / "README.md").read_text()
     assert "license: cc-by-nc-sa-4.0" in card

@@ -166,7 +166,7 @@ def test_a_teacher_is_described(inside: Inside) -> None:
     assert result["sample_shape"] == [1, 16, 16]
     assert result["prediction"] == "eps"
     assert 0 < result["terminal_snr"] < 1e-3
-    assert "diffusers" in result["export_formats"]
+    assert result["export_formats"] == ["diffusers", "safetensors"]
 
 
 def test_env(inside: Inside) -> None:
