@@ -126,10 +126,8 @@ class Parts:
                     "Take a larger --batch-size or share of them, or a smaller optimizer.accumulation.",
                 )
         for name, part, paths in (("kd", "prediction", config.kd), ("replay", "replay", config.replay)):
-            if name == "kd" and config.objective != "kd":
-                continue
             taken = min(_length(rows[part]) for rows in splits)
-            if paths.adversary and taken < paths.points:
+            if paths in config.path_stores and paths.adversary and taken < paths.points:
                 raise UsageError(
                     f"{taken} samples together learn {paths.points} points of stored paths: an adversary needs an end "
                     "among them.",

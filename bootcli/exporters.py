@@ -26,7 +26,8 @@ from bootcli.store.tensors import read_tensors, write_tensors
 from bootcli.student import Student
 from bootcli.teachers.protocol import Cond, Exporter, LoraExporter
 
-NETWORK = "network.safetensors"
+BARE, NETWORK = "safetensors", "network.safetensors"
+"""The format that every student has, and its file."""
 
 # None in sys.modules makes "import bootcli" fail, so that the export provably runs where bootcli is not installed.
 _WITHOUT_BOOTCLI = """\
@@ -50,10 +51,6 @@ images, from the diffusion model `{name}` of the {family} family. Its samples ar
 """
 
 Tensors = Mapping[str, Tensor]
-
-
-BARE = "safetensors"
-"""The format that every student has."""
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def cli(*words: str, cwd: Path) -> subprocess.Popen[str]:
 
 def test_a_run_tells_its_story_and_leaves_its_folder(settings: dict[str, object], tmp_path: Path) -> None:
     run = tmp_path / "run"
+    assert resolve_config(settings, {}, {}).objective == "kd", "what does best where no recipe says otherwise"
     events = []
     for event in distill(resolve_config(settings, {}, {}), run):
         if isinstance(event, Started):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bootcli import exporters
 from bootcli.errors import BootError, UsageError
-from bootcli.exporters import largest_difference, run_script
+from bootcli.exporters import formats_of, largest_difference, run_script
 from bootcli.pipelines.export import export
 from bootcli.sampler import prior_noise
 from bootcli.store.artifact import load_student
@@ -74,6 +74,13 @@ def test_the_bare_network(tiny_run: Path, tmp_path: Path) -> None:
     expected = load_student(tiny_run).student.net.state_dict()
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+
+
+def test_without_a_name_the_format_is_the_familys(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = load_student(tiny_run)
+    assert [*formats_of(artifact)] == ["diffusers", "safetensors"]
+    monkeypatch.setattr(type(artifact.student.teacher), "export_formats", lambda self: {})
+    assert [*formats_of(artifact)] == ["safetensors"]
 
 
 def test_a_damaged_network_is_caught(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

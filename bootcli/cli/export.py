@@ -18,7 +18,7 @@ FormatOption = Annotated[
         "--format",
         metavar="NAME",
         help="Format; each teacher family has its own, see: bootcli teachers NAME",
-        show_default="diffusers, or safetensors where the family has none",
+        show_default="diffusers, or what else the family has; safetensors of those with none",
     ),
 ]
 OutputOption = Annotated[

@@ -21,6 +21,8 @@ from bootcli.cli import app, options
 from bootcli.cli import distill as command
 from bootcli.cli.evaluate import COLUMNS, evaluate
 from bootcli.pipelines.evaluate import METRICS
+from bootcli.pipelines.events import Finished, Previewed
+from bootcli.watch import Score
 
 from .conftest import Cli, environment, processor_seconds
 from .do_nothing import source
@@ -73,6 +75,15 @@ def test_choices_and_defaults_are_those_of_the_configuration() -> None:
     for name in set(fields) & set(hints):
         shown = typing.get_args(hints[name])[1].show_default
         assert fields[name] is None or shown in (str(fields[name]), options.recipe(fields[name])), name
+
+
+@pytest.mark.parametrize(("kept", "told"), [(None, True), (4, False), (6, True)])
+def test_an_error_to_the_teacher_is_that_of_the_student_that_was_kept(kept: int | None, *, told: bool) -> None:
+    best = None if kept is None else Score(kept, 5.0, 1.0)
+    finished = Finished(Path("run"), Path("run/student"), 6, 1.0, "steps", best)
+    result = command._summary({"Finished": finished, "Previewed": Previewed(6, Path("6.png"), 0.25)}, [])
+    assert result["preview"] == Path("6.png")
+    assert result.get("paired_error") == (0.25 if told else None)
 
 
 def test_metrics_are_those_of_the_pipeline() -> None:
