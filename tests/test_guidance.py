@@ -310,6 +310,7 @@ def test_paths_of_a_guided_teacher_are_drawn_without_a_corrector() -> None:
         (SD, {"guidance_scale": 3.0, "student.max_gain": 5.0}, "estimate"),
         (DDPM, {"guidance_scale": 3.0}, "estimate"),  # they begin below t = 1
         (VarianceExploding(), {"guidance_scale": 3.0}, "estimate"),
+        (VarianceExploding(), {"guidance_scale": 3.0, "student.max_gain": 100.0}, "noise"),
     ],
 )
 def test_guided_paths_begin_with_noise_where_they_begin_at_all_of_it(

@@ -88,6 +88,6 @@ def path_start_of(teacher: Teacher, config: DistillConfig) -> PathStart:
     """
     if config.student.path_start != "auto":
         return config.student.path_start
-    schedule, max_gain = teacher.spec.schedule, max_gain_of(teacher, config)
-    whole = schedule.prior_scale <= 1 and (max_gain is None or schedule.time_of(max_gain) == 1)
+    max_gain = max_gain_of(teacher, config)
+    whole = max_gain is None or teacher.spec.schedule.time_of(max_gain) == 1
     return "noise" if config.guided and whole else "estimate"
