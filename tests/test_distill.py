@@ -299,7 +299,7 @@ def test_dry_run_takes_updates_as_they_are_later(
     estimate = dry_run(resolve_config(settings | words, {}, {}))
     assert heard == [True] * 6
     assert estimate.seconds_per_step == pytest.approx(0.2 + 0.5 / 10)
-    assert estimate.total_seconds == pytest.approx(250 + 16 * 0.5), "with the paths of 16 batches before the first"
+    assert estimate.total_seconds == pytest.approx(250 + 16 * 0.5), "with the paths of 16 batches in the first"
     assert estimate.config["correction"]["start"] == 600  # type: ignore[index]
     assert estimate.config["kd"]["reuse"] == 10  # type: ignore[index]
     reports = iter([1.0, 0.7, 0.2])

@@ -24,8 +24,8 @@ from bootcli.teachers.protocol import Cond, Conditions
 from bootcli.teachers.view import TeacherView
 
 _NAMES = ("eps", "rows", "points")
-FIRST_FILL = 16
-"""Batches in the buffer before the first update."""
+FIRST_BATCHES = 16
+"""Updates that each put a batch of paths into the buffer, before only one in ``reuse`` does."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,12 @@ class KD(Objective[KDDraw]):
         engine: Engine,
         at_once: int | None = None,
     ) -> None:
-        """Put new paths into the buffer: some batches before the first update, later one every ``reuse`` updates."""
+        """Put a batch of new paths into the buffer: every update while it holds few, later every ``reuse`` updates."""
         self._undo = []
-        if not self._count:
-            count = min(self._size, FIRST_FILL * batch_size)
-        elif step % self.config.reuse == 0:
-            count = batch_size
-        else:
+        if self._count >= min(self._size, FIRST_BATCHES * batch_size) and step % self.config.reuse:
             return
         size = at_once or batch_size
-        count += -count % engine.num_processes
+        count = batch_size + -batch_size % engine.num_processes
         eps = torch.randn(count, *self._eps.shape[1:], generator=generator)
         rows = conditions(generator, count, pool, self.teacher.levels)
         mine = slice(engine.rank * count // engine.num_processes, (engine.rank + 1) * count // engine.num_processes)

@@ -17,7 +17,6 @@ from bootcli.config import DistillConfig
 from bootcli.engine import Engine
 from bootcli.errors import BootError, Interrupted
 from bootcli.images import enlarge, grid, save_png, to_uint8
-from bootcli.objectives.kd import FIRST_FILL
 from bootcli.pipelines.events import (
     Comparing,
     Encoded,
@@ -179,12 +178,11 @@ class Session:
         Each process makes its share.
         """
         config, trainer, engine, pool = self.config, self.trainer, self.engine, self.work.prompts
-        # No update draws more than a batch, but for the first, which fills a buffer of paths.
-        left = (config.steps - trainer.step + FIRST_FILL) * config.batch_size
-        needed = trainer.drawn + min(left, (1 + FIRST_FILL) * config.batch_size)
+        left = (config.steps - trainer.step) * config.batch_size
+        needed = trainer.drawn + min(left, config.batch_size)
         if pool is None or trainer.deck is None or needed <= self._encoded_to:
             return
-        count = min(left, max(PORTION, (1 + FIRST_FILL) * config.batch_size))
+        count = min(left, max(PORTION, config.batch_size))
         rows = [trainer.deck.upcoming(trainer.drawn, count)]
         if not self._encoded_to:
             rows.append(torch.arange(PREVIEWS) % len(pool))

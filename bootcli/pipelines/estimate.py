@@ -16,7 +16,7 @@ import torch
 from bootcli.config import DistillConfig, to_dict
 from bootcli.engine import Engine, is_out_of_memory
 from bootcli.memory import TIGHT, Need, Switch, main_memory, need_of, switches
-from bootcli.objectives.kd import FIRST_FILL
+from bootcli.objectives.kd import FIRST_BATCHES
 from bootcli.pipelines.defaults import without_auto
 from bootcli.pipelines.distill import Session
 from bootcli.pipelines.setup import facts_of, set_up
@@ -120,13 +120,13 @@ def _later(found: DistillConfig, config: DistillConfig) -> DistillConfig:
 
 @dataclass(frozen=True)
 class _Cost:
-    """Seconds of a usual update, and of the teacher paths before the first."""
+    """Seconds of a usual update, and of the teacher paths that the first ones make more of."""
 
     update: float
-    before: float
+    first_paths: float
 
     def total(self, config: DistillConfig) -> float:
-        return min(self.before + self.update * config.steps, 60 * (config.max_minutes or math.inf))
+        return min(self.first_paths + self.update * config.steps, 60 * (config.max_minutes or math.inf))
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _measure(trainer: Trainer, config: DistillConfig, device: torch.device) -> t
     of_paths = paths / min(reuse, default=1)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process.most
     update = max(0.0, without.seconds + of_paths - _of_average(trainer, config.steps))
-    return _Cost(update, FIRST_FILL * paths), _Measured(peak, before)
+    return _Cost(update, min(FIRST_BATCHES, config.steps) * paths), _Measured(peak, before)
 
 
 def _of_average(trainer: Trainer, steps: int) -> float:

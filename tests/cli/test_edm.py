@@ -119,7 +119,8 @@ def test_the_network_of_cifar10_at_full_size_in_6_gb(cli: Cli, tmp_path: Path) -
     architecture = Architecture("EDMPrecond", size | unet | {"model_type": "SongUNet", "dropout": 0.13})
     path = tmp_path / "edm-cifar10-32x32-cond-vp.pkl"
     write_pickle(path, architecture, architecture.build())
-    few = ["--steps", "2", "--batch-size", "8", "--set", "preview_teacher_steps=2", "--set", "watch.every=0"]
+    few = ["--steps", "2", "--batch-size", "8"]
+    few += ["--set", "kd.teacher_steps=2", "--set", "preview_teacher_steps=2", "--set", "watch.every=0"]
     done = cli("distill", "--teacher", str(path), "--output", "run", *few)
     assert done.returncode == 0, done.stderr
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 6e6  # kilobytes

@@ -12,7 +12,7 @@ from bootcli.closed_form import GaussianMixtureTeacher, GaussianTeacher
 from bootcli.config import PathsConfig
 from bootcli.engine import Engine
 from bootcli.maths.schedule import CosineVP, DiscreteVP, vp_table
-from bootcli.objectives.kd import FIRST_FILL, KD, KDDraw
+from bootcli.objectives.kd import FIRST_BATCHES, KD, KDDraw
 from bootcli.sampler import teacher_endpoint
 from bootcli.teachers.protocol import Cond
 from bootcli.teachers.view import TeacherView
@@ -121,10 +121,14 @@ def test_each_path_is_drawn_as_often_as_stated() -> None:
     assert sum(settled) / len(settled) == pytest.approx(4.0, rel=0.1)  # a path that is never drawn is not counted
 
 
-def test_buffer_is_filled_first_and_then_bounded() -> None:
-    kd = renewed(objective(buffer=200, reuse=2, teacher_steps=1), 1)
-    assert len(kd.state()["eps"]) == FIRST_FILL * 8
-    renewed(kd, 40, first=2)
+def test_buffer_grows_fast_at_first_and_is_bounded() -> None:
+    kd = objective(buffer=200, reuse=2, teacher_steps=1)
+    sizes = []
+    for step in range(1, 60):
+        sizes.append(len(renewed(kd, 1, first=step).state()["eps"]))
+    fast = [8 * step for step in range(1, FIRST_BATCHES + 1)]
+    assert sizes[: len(fast)] == fast
+    assert sizes[len(fast) : len(fast) + 4] == [128, 136, 136, 144]
     assert {len(kd.state()[name]) for name in ("eps", "rows", "points")} == {200}
     small = renewed(objective(buffer=5, teacher_steps=1, reuse=1), 3)
     assert len(small.state()["eps"]) == 5

@@ -133,7 +133,7 @@ def test_every_prompt_is_drawn_once_before_any_again(
     straight = build(teacher, config_of(**settings))[1]
     whole = [report.loss for report in straight.run()]
     drawn = list(taken)
-    assert len(drawn) == straight.drawn > 72
+    assert len(drawn) == straight.drawn > 48
     assert all(sorted(drawn[start : start + 24]) == list(range(24)) for start in range(0, len(drawn) - 24, 24))
     taken.clear()
     assert len(list(build(teacher, config_of(**settings, **{"optimizer.accumulation": 2}))[1].run())) == 4

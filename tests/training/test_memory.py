@@ -59,7 +59,7 @@ def test_what_is_computed_is_what_is_held(tiny_teacher: Teacher, name: str, sett
 @pytest.mark.parametrize("objective", ["kd", "boot"])
 def test_main_memory_is_what_the_stores_hold_when_full(tiny_teacher: Teacher, objective: str) -> None:
     settings = {**EVERYTHING, "objective": objective, "kd.buffer": 16, "replay.points": 2}
-    work, trainer = build(tiny_teacher, config_of(**settings, steps=1))
+    work, trainer = build(tiny_teacher, config_of(**settings, steps=16))
     list(trainer.run())
     stores = [each.state() for each in (work.objective, work.replay) if isinstance(each, KD)]
     assert all(len(store["eps"]) == 16 for store in stores)
