@@ -44,9 +44,9 @@ from bootcli.pipelines.defaults import start_time
 from bootcli.pipelines.distill import distill
 from bootcli.pipelines.evaluate import evaluate
 from bootcli.pipelines.events import Finished
+from bootcli.pipelines.guidance import teacher_view
 from bootcli.pipelines.requests import condition_of, labels_of
 from bootcli.pipelines.settings import resolve_config
-from bootcli.pipelines.setup import teacher_view
 from bootcli.reference import OWN_STEPS, reference_for, write_reference
 from bootcli.sampler import paired_errors, path_ends, prior_noise, reference_calls, teacher_images
 from bootcli.store.artifact import load_student

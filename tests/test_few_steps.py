@@ -18,9 +18,9 @@ from bootcli.maths.schedule import VarianceExploding
 from bootcli.maths.signal_ode import from_signal
 from bootcli.pipelines.distill import distill
 from bootcli.pipelines.evaluate import evaluate
+from bootcli.pipelines.refinement import refinement_starts, refiner_times
 from bootcli.pipelines.sample import sample
 from bootcli.pipelines.settings import resolve_config
-from bootcli.pipelines.setup import refinement_starts, refiner_times
 from bootcli.sampler import noises, prior_noise, student_images
 from bootcli.store.artifact import load_student
 from bootcli.teachers.protocol import Cond

@@ -30,8 +30,9 @@ from bootcli.objectives.base import conditions
 from bootcli.objectives.corrector import Corrector
 from bootcli.objectives.kd import KD
 from bootcli.pipelines.defaults import without_auto
+from bootcli.pipelines.guidance import teacher_view
 from bootcli.pipelines.requests import condition_of, sampling_scale
-from bootcli.pipelines.setup import set_up, teacher_view
+from bootcli.pipelines.setup import set_up
 from bootcli.sampler import prior_noise, reference_calls, teacher_endpoint, teacher_images
 from bootcli.student import Student
 from bootcli.teachers.guided_pool import LEVELS, GuidedPool
@@ -155,7 +156,7 @@ def test_a_stored_path_keeps_its_w() -> None:
     guided = view(levels=LEVELS)
     pool = GuidedPool(Cond({"label": torch.zeros(1, dtype=torch.long)}), 1.0, 6.0)
     kd = KD(KDConfig(teacher_steps=50, solver="heun", buffer=64), 0.0, guided, 0.0, 0.9, pool)
-    kd.renew(torch.Generator().manual_seed(0), 4, 1, 1, CPU)
+    kd.renew(torch.Generator().manual_seed(0), 64, 1, 1, CPU)
     other = KD(KDConfig(solver="heun", buffer=64), 0.0, guided, 0.0, 0.9, pool)
     other.load_state(kd.state())
     draw = other.draw(torch.Generator().manual_seed(1), 16, 1, 0.0)

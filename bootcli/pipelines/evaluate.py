@@ -19,8 +19,9 @@ from bootcli.evaluate import INCEPTION
 from bootcli.manifold import MOST_ROWS, NEIGHBOURS, Manifold, manifold_of, some_rows
 from bootcli.pipelines.bench import Bench, Progress, own_images
 from bootcli.pipelines.defaults import start_time
+from bootcli.pipelines.guidance import teacher_view
+from bootcli.pipelines.refinement import refinement_starts
 from bootcli.pipelines.requests import check_negatives, condition_of, labels_of, prompts_of, sampling_scale, seed_of
-from bootcli.pipelines.setup import refinement_starts, teacher_view
 from bootcli.prompts import Prompts, read_prompts
 from bootcli.reference import OWN_STEPS, Reference, reference_for, write_reference
 from bootcli.sampler import reference_times

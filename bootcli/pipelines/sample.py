@@ -18,6 +18,8 @@ from bootcli.config import Device
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.images import GRID, enlarge, grid, save_png
+from bootcli.pipelines.guidance import teacher_view
+from bootcli.pipelines.refinement import refinement_starts
 from bootcli.pipelines.requests import (
     check_negatives,
     condition_of,
@@ -26,7 +28,6 @@ from bootcli.pipelines.requests import (
     sampling_scale,
     seed_of,
 )
-from bootcli.pipelines.setup import refinement_starts, teacher_view
 from bootcli.prompts import Prompt, Prompts
 from bootcli.sampler import SeedOf, reference_calls, student_images, teacher_images
 from bootcli.store.artifact import Artifact, load_student

@@ -10,7 +10,7 @@ import torch
 
 from bootcli.batch import Work
 from bootcli.conditions import PromptPool
-from bootcli.config import DistillConfig, differences
+from bootcli.config import DistillConfig
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.judge import Features, make_judge
@@ -22,8 +22,10 @@ from bootcli.objectives.corrector import Corrector
 from bootcli.objectives.freeflow import FreeFlow
 from bootcli.objectives.kd import KD
 from bootcli.objectives.refiner import Refiner
-from bootcli.pipelines.defaults import path_start_of, start_time, without_auto
+from bootcli.pipelines.defaults import start_time, without_auto
+from bootcli.pipelines.guidance import guidance_of, teacher_view
 from bootcli.pipelines.networks import adversary_beside, check_lora, check_memory, make_networks, try_half
+from bootcli.pipelines.refinement import refiner_times
 from bootcli.pipelines.requests import (
     check_negatives,
     check_requests,
@@ -38,8 +40,8 @@ from bootcli.reference import check_reference
 from bootcli.sampler import CondOf, prior_noise, reference_times
 from bootcli.store.artifact import load_student
 from bootcli.student import Student
-from bootcli.teachers.guided_pool import LEVELS, GuidedPool
-from bootcli.teachers.protocol import Cond, Conditions, Teacher
+from bootcli.teachers.guided_pool import GuidedPool
+from bootcli.teachers.protocol import Conditions, Teacher
 from bootcli.teachers.view import TeacherView
 
 RECOMPILE_LIMIT = 64
@@ -61,59 +63,6 @@ class Distillation(Work):
     shown: CondOf
     config: DistillConfig
     prompts: PromptPool | None
-
-
-def teacher_view(
-    teacher: Teacher,
-    config: DistillConfig,
-    engine: Engine,
-    *,
-    guidance_scale: float | None = None,
-    negative: Cond | None = None,
-) -> TeacherView:
-    """The frozen teacher on its device, guided as the configuration says. Raises `UsageError`.
-
-    Args:
-        teacher: with its weights.
-        config: of the run.
-        engine: where to.
-        guidance_scale: w where the student takes one (`sampling_scale`) and conditions say none; None: the middle.
-        negative: what guidance leads away from, where that is known; None: the teacher is asked.
-    """
-    teacher.net.requires_grad_(False).eval().to(engine.device)
-    teacher.use_clock(config.clock)
-    if config.resolution is not None:
-        teacher.use_resolution(*config.resolution)
-    if config.negative_prompt is not None and teacher.spec.conditioning != "text":
-        raise UsageError(f"--negative-prompt: the teacher {config.teacher} takes no prompts.")
-    if not config.guided:
-        _check_unguided(config)
-        return TeacherView(teacher, path_start=path_start_of(teacher, config))
-    guidance, scale = config.guidance, sampling_scale(config, guidance_scale)
-    if teacher.spec.conditioning == "none":
-        flag = "--guidance-scale" if config.guidance_range is None else "--guidance-range"
-        raise UsageError(f"{flag}: the teacher {config.teacher} is unconditional.", "Leave it out.")
-    if negative is None:
-        negative = teacher.condition([config.negative_prompt])
-    return TeacherView(
-        teacher,
-        config.guidance_scale if scale is None else scale,
-        negative.to(engine.device),
-        guidance.interval,
-        rescale=guidance.rescale,
-        one_batch=guidance.one_batch,
-        path_start=path_start_of(teacher, config),
-        levels=1 if config.guidance_range is None else LEVELS,
-    )
-
-
-def _check_unguided(config: DistillConfig) -> None:
-    """Raise `UsageError` for settings that have an effect under guidance alone."""
-    if config.negative_prompt is not None:
-        raise UsageError("--negative-prompt: without guidance nothing leads away from it.", "Add --guidance-scale 7.5.")
-    for name in differences(DistillConfig(), config):
-        if name.startswith("guidance.") or name == "correction.guidance_interval":
-            raise UsageError(f"{name}: this run is not guided.", "Add --guidance-scale 3, for example.")
 
 
 def set_up(
@@ -227,17 +176,6 @@ def facts_of(work: Distillation, origin: str, engine: Engine) -> dict[str, str]:
     }
 
 
-def guidance_of(config: DistillConfig) -> str:
-    """How a guided run's teacher is guided, in words."""
-    guidance, (low, high) = config.guidance, config.guidance.interval
-    if config.guidance_range is None:
-        words = f"w = {config.guidance_scale:g}"
-    else:
-        words = "w from {:g} to {:g}, which the student takes".format(*config.guidance_range)
-    words += f", rescaled by {guidance.rescale:g}" if guidance.rescale else ""
-    return words + (f", at noise levels {low:g} to {high:g}" if (low, high) != (0, 1) else "")
-
-
 def make_objective(config: DistillConfig, view: TeacherView, pool: Conditions, t_max: float) -> Objective[Any]:
     """The prediction objective that the configuration names."""
     t_min = config.student.t_min
@@ -250,43 +188,6 @@ def make_objective(config: DistillConfig, view: TeacherView, pool: Conditions, t
             return KD(config.kd, config.kd.power, view, t_min, t_max, pool)
         case _:
             assert_never(config.objective)
-
-
-def refiner_times(teacher: Teacher, config: DistillConfig) -> tuple[float, ...]:
-    """The times of ``refiner.sigmas``; none where nothing is refined.
-
-    Raises `UsageError` for levels that do not fall, or are not those of times within the path.
-    """
-    if not config.refiner.share:
-        return ()
-    sigmas, schedule = config.refiner.sigmas, teacher.spec.schedule
-    times = tuple(schedule.time_of(sigma) for sigma in sigmas)
-    start, end = start_time(teacher, config), config.student.t_min
-    levels = [schedule(torch.tensor(t, dtype=torch.float64)) for t in (max(end, 1e-12), start)]
-    low, high = (float(level.sigma / level.alpha) for level in levels)  # EDM's begin above 0
-    falling = bool(sigmas) and list(sigmas) == sorted(set(sigmas), reverse=True)
-    if not falling or not end < times[-1] or not sigmas[0] < high:
-        raise UsageError(
-            f"refiner.sigmas = {list(sigmas)}: give one or more noise levels, falling, between {round(low, 6):.3g} and "
-            f"{high:.3g}, those of the ends of the path."
-        )
-    return times
-
-
-def refinement_starts(teacher: Teacher, config: DistillConfig, nfe: int) -> tuple[float, ...]:
-    """The times that a student trained for few steps goes on from, to sample in ``nfe`` calls: nfe - 1 of its times.
-
-    Raises `UsageError` for more calls than it was trained for.
-    """
-    times = refiner_times(teacher, config)
-    if nfe > 1 + len(times):
-        trained = f"at most {1 + len(times)}" if times else "one step only"
-        raise UsageError(
-            f"--nfe {nfe}: this student was trained for {trained}.",
-            "" if times else "Distil one for more with: --set refiner.share=0.15",
-        )
-    # Spread over all trained times; a single one is the middle.
-    return tuple(times[(2 * i + 1) * len(times) // (2 * (nfe - 1))] for i in range(nfe - 1))
 
 
 @torch.no_grad()
