@@ -291,7 +291,7 @@ class DistillConfig:
     max_minutes: PositiveFloat | None = None
     """Training ends after so many minutes, if its steps are not done before; pictures and scores do not count."""
     batch_size: Positive = 64
-    learning_rate: PositiveFloat = 2e-4
+    learning_rate: PositiveFloat = 5e-4
     seed: Seed = 0
     device: Device = "auto"
     mixed_precision: MixedPrecision | None = None

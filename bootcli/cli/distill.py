@@ -114,7 +114,7 @@ LearningRateOption = Annotated[
     typer.Option(
         metavar="X",
         help="Peak learning rate.",
-        show_default=recipe(0.0002),
+        show_default=recipe(0.0005),
         rich_help_panel=TRAINING,
     ),
 ]
