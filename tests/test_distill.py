@@ -302,8 +302,10 @@ def test_dry_run_takes_updates_as_they_are_later(
     assert estimate.total_seconds == pytest.approx(250 + 16 * 0.5), "with the paths of 16 batches in the first"
     assert estimate.config["correction"]["start"] == 600  # type: ignore[index]
     assert estimate.config["kd"]["reuse"] == 10  # type: ignore[index]
-    reports = iter([1.0, 0.7, 0.2])
-    assert dry_run(resolve_config(settings | words | {"max_minutes": 1.0}, {}, {})).total_seconds == 60
+    for changed, seconds in (({"steps": 4}, 4 * 0.25 + 4 * 0.5), ({"max_minutes": 1.0}, 60)):
+        reports = iter([1.0, 0.7, 0.2])
+        estimate = dry_run(resolve_config(settings | words | changed, {}, {}))
+        assert estimate.total_seconds == pytest.approx(seconds)
     reports = iter([1.0, 0.7, 0.4])
     monkeypatch.setattr(EMA, "update", lambda *_: time.sleep(0.1))
     away = dry_run(resolve_config(settings | words | {"memory.offload_ema": True}, {}, {}))
