@@ -175,6 +175,16 @@ def test_portions_are_ready_before_they_are_drawn(
     assert not any(late)
 
 
+def test_no_prompt_is_encoded_that_the_run_does_not_draw(make_folder: MakeFolder, tmp_path: Path) -> None:
+    def encoded(events: list[Event]) -> int:
+        return sum(event.total for event in events if isinstance(event, Encoded) and event.done == event.total)
+
+    prompts = write(tmp_path / "prompts.txt", *(f"number {i}" for i in range(300)))
+    assert encoded(run(make_folder(), prompts, tmp_path / "run", steps=3, batch_size=4)) <= 3 * 4 + pipeline.PREVIEWS + 1
+    more = list(distill(resume_config(tmp_path / "run", {"steps": 5}, {}, {}), tmp_path / "run", resume=True))
+    assert 0 < encoded(more) <= 2 * 4
+
+
 @pytest.mark.parametrize("xl", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_another_size(make_folder: MakeFolder, tmp_path: Path, xl: bool) -> None:
     prompts = write(tmp_path / "prompts.txt", "a red shoe", "a green coat")
