@@ -180,7 +180,8 @@ def test_no_prompt_is_encoded_that_the_run_does_not_draw(make_folder: MakeFolder
         return sum(event.total for event in events if isinstance(event, Encoded) and event.done == event.total)
 
     prompts = write(tmp_path / "prompts.txt", *(f"number {i}" for i in range(300)))
-    assert encoded(run(make_folder(), prompts, tmp_path / "run", steps=3, batch_size=4)) <= 3 * 4 + pipeline.PREVIEWS + 1
+    first = run(make_folder(), prompts, tmp_path / "run", steps=3, batch_size=4)
+    assert encoded(first) <= 3 * 4 + pipeline.PREVIEWS + 1, "and what nobody asked for, beside what is shown"
     more = list(distill(resume_config(tmp_path / "run", {"steps": 5}, {}, {}), tmp_path / "run", resume=True))
     assert 0 < encoded(more) <= 2 * 4
 
