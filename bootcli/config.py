@@ -203,8 +203,8 @@ class CorrectionConfig:
     critic: Literal["full", "lora"] = "full"
     """A copy of the teacher, or a LoRA on it: less memory, and less to learn with."""
     lora_rank: Positive = 32
-    learning_rate_scale: PositiveFloat = 1.0
-    """Learning rate of the critic, in units of the student's."""
+    learning_rate_scale: PositiveFloat | None = None
+    """Learning rate of the critic, in units of the student's; None: 1, where one of them alone is a LoRA 1/4 or 4."""
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,8 @@ class DistillConfig:
     max_minutes: PositiveFloat | None = None
     """Training ends after so many minutes, if its steps are not done before; pictures and scores do not count."""
     batch_size: Positive = 64
-    learning_rate: PositiveFloat = 5e-4
+    learning_rate: PositiveFloat | None = None
+    """Peak; None: 5e-4, of a LoRA 2e-3."""
     seed: Seed = 0
     device: Device = "auto"
     mixed_precision: MixedPrecision | None = None

@@ -19,15 +19,16 @@ def make_optimizer(module: nn.Module, config: DistillConfig) -> torch.optim.Opti
 
     All names take the same learning rate. Raises `UsageError` for one that is not installed, or not for this device.
     """
-    settings = config.optimizer
+    settings, rate = config.optimizer, config.learning_rate
+    assert rate is not None, "resolved"
     parameters = [p for p in module.parameters() if p.requires_grad]
     match settings.name:
         case "muon":
-            return Muon(parameters, config.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
+            return Muon(parameters, rate, betas=settings.betas, weight_decay=settings.weight_decay)
         case "adamw":
             return torch.optim.AdamW(
                 parameters,
-                lr=config.learning_rate,
+                lr=rate,
                 weight_decay=settings.weight_decay,
                 betas=settings.betas,
                 fused=parameters[0].device.type in ("cpu", "cuda"),
@@ -35,7 +36,7 @@ def make_optimizer(module: nn.Module, config: DistillConfig) -> torch.optim.Opti
         case "adamw8bit":
             kind = _eight_bits(parameters[0].device)
             optimizer: torch.optim.Optimizer = kind(
-                parameters, lr=config.learning_rate, weight_decay=settings.weight_decay, betas=settings.betas
+                parameters, lr=rate, weight_decay=settings.weight_decay, betas=settings.betas
             )
             return optimizer
         case _:

@@ -159,6 +159,7 @@ class Trainer:
         began = time.perf_counter()
         config, engine = self.config, self.engine
         time_used = self._time_used()
+        assert config.learning_rate is not None, "resolved"
         rate = learning_rate(config.optimizer, config.learning_rate, step, config.steps, time_used)
         batches = self._accumulate(step, max((step - 1) / config.steps, time_used))
         loss = float(engine.mean(torch.stack([each.loss.detach() for each in batches]).mean()))
@@ -171,7 +172,7 @@ class Trainer:
         for name, norm in zip(("student", *present), norms, strict=True):
             if not math.isfinite(norm) and engine.scaler is None:
                 raise self._undone(f"The {name}'s gradient is {norm} at step {step}.")
-        rates = [rate, *(rate * each.settings.learning_rate_scale for each in present.values())]
+        rates = [rate, *(rate * each.rate_scale for each in present.values())]
         engine.step([self.optimizer, *(each.optimizer for each in present.values())], rates)
         self.ema.update(self.work.student, step)
         self._balance(batches)

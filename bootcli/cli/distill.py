@@ -114,7 +114,7 @@ LearningRateOption = Annotated[
     typer.Option(
         metavar="X",
         help="Peak learning rate.",
-        show_default=recipe(0.0005),
+        show_default=recipe("0.0005, with --lora-rank 0.002"),
         rich_help_panel=TRAINING,
     ),
 ]

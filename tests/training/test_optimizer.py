@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import sys
@@ -12,10 +13,16 @@ import pytest
 import torch
 from torch import nn
 
+from bootcli.closed_form import GaussianTeacher
 from bootcli.config import DistillConfig, OptimizerConfig, resolve
+from bootcli.engine import Engine
 from bootcli.errors import UsageError
 from bootcli.muon import CHUNK, COEFFICIENTS, chunks, orthogonal
 from bootcli.optimizer import learning_rate, load_optimizer, make_optimizer, optimizer_tensors
+from bootcli.pipelines.defaults import without_auto
+from bootcli.teachers.protocol import Teacher
+from tests.objectives.closed import DDPM, MEAN
+from tests.training.short import EVERYTHING, build, config_of
 
 
 def step(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
@@ -54,6 +61,35 @@ def test_time_that_is_used_up_counts_from_the_first_update(decay: Any) -> None:
     early = [learning_rate(config, 1.0, step, 10**9, step / 20) for step in range(1, 21)]
     assert early[-1] == pytest.approx(0.0, abs=1e-12)
     assert max(early) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("words", "rate", "critic"),
+    [
+        ({}, 5e-4, 1.0),
+        ({"student.lora_rank": 4}, 2e-3, 0.25),
+        ({"correction.critic": "lora"}, 5e-4, 4.0),
+        ({"student.lora_rank": 4, "correction.critic": "lora"}, 2e-3, 1.0),
+        ({"student.lora_rank": 4, "learning_rate": 1e-5, "correction.learning_rate_scale": 0.5}, 1e-5, 0.5),
+    ],
+)
+def test_a_lora_takes_a_higher_rate(words: dict[str, object], rate: float, critic: float) -> None:
+    found = without_auto(GaussianTeacher(MEAN, 0.5, DDPM), resolve(words), Engine("cpu", "no"))
+    assert (found.learning_rate, found.correction.learning_rate_scale) == (rate, critic)
+
+
+def test_critic_and_judge_learn_at_rates_of_their_own(tiny_teacher: Teacher) -> None:
+    for name in ("correction", "adversary"):
+        still = {f"{name}.learning_rate_scale": 1e-12}
+        work, trainer = build(tiny_teacher, config_of(**EVERYTHING, objective="kd", **{"kd.adversary": 0.5}, **still))
+        networks = [each for each in (work.critic, work.judge) if each is not None]
+        before = [copy.deepcopy(each.state_dict()) for each in networks]
+        list(trainer.run())
+        moved = [
+            max(float((tensor - old[key]).abs().max()) for key, tensor in each.state_dict().items())
+            for each, old in zip(networks, before, strict=True)
+        ]
+        assert [change < 1e-8 for change in moved] == [name == "correction", name == "adversary"]
 
 
 def test_orthogonal_is_near_the_polar_factor() -> None:
@@ -112,7 +148,7 @@ def test_muon_decays_hidden_weights() -> None:
 def test_a_loss_scaler_skips_a_step_of_infinite_gradients() -> None:
     layer = nn.Linear(8, 8)
     before = [p.detach().clone() for p in layer.parameters()]
-    optimizer, scaler = make_optimizer(layer, resolve({})), torch.amp.GradScaler("cpu")
+    optimizer, scaler = make_optimizer(layer, resolve({"learning_rate": 0.1})), torch.amp.GradScaler("cpu")
     scaler.scale(layer(torch.ones(1, 8)).sum()).backward()
     for p in layer.parameters():
         p.grad = torch.full_like(p, math.inf)
@@ -184,7 +220,7 @@ def test_eight_bits_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delitem(sys.modules, "bitsandbytes.optim", raising=False)
     with pytest.raises(UsageError, match="needs bitsandbytes") as error:
-        make_optimizer(nn.Linear(2, 2), resolve({"optimizer.name": "adamw8bit"}))
+        make_optimizer(nn.Linear(2, 2), resolve({"optimizer.name": "adamw8bit", "learning_rate": 0.1}))
     assert "bootcli[8bit]" in error.value.hint
     with pytest.raises(UsageError, match="does not run on meta"):
-        make_optimizer(nn.Linear(2, 2, device="meta"), resolve({"optimizer.name": "adamw8bit"}))
+        make_optimizer(nn.Linear(2, 2, device="meta"), resolve({"optimizer.name": "adamw8bit", "learning_rate": 0.1}))
