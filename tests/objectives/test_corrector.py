@@ -48,7 +48,7 @@ def corrected(
 
 
 def companion(critic: Critic) -> Companion:
-    config = resolve({"device": "cpu", "mixed_precision": "no"})
+    config = resolve({"device": "cpu", "mixed_precision": "no", "learning_rate": 1e-3})
     return Companion(critic, config.correction, config, Engine("cpu", "no"))
 
 
