@@ -64,8 +64,8 @@ def test_two_lora_steps_in_20_gb(cli: Cli, full_size: tuple[Path, Path], tmp_pat
         assert 859e6 < facts["parameters"] < 860e6
     (tmp_path / "prompts.txt").write_text("a red fox in snow\na blue house\n")
     small = ["--prompts", "prompts.txt", "--resolution", "64", "--lora-rank", "8", "--batch-size", "2"]
-    one = ["--set", "boot.solver=euler", "--set", "preview_teacher_steps=1", "--set", "watch.every=0"]
-    told = cli("distill", "--teacher", str(folder), *small, *one, "--dry-run", "--json")
+    one = ["--set", "kd.teacher_steps=2", "--set", "preview_teacher_steps=1", "--set", "watch.every=0"]
+    told = cli("distill", "--teacher", str(folder), *small, *one, "--dry-run", "--json", timeout=1800)
     assert told.returncode == 0, told.stderr
     done = cli("distill", "--teacher", str(folder), *small, *one, "--steps", "2", "--output", "run", timeout=1800)
     assert done.returncode == 0, done.stderr
