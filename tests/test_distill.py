@@ -136,13 +136,14 @@ def test_sigterm_saves_and_exits_143(settings: dict[str, object], tmp_path: Path
     ("stop", "objective"), [(False, "boot"), (True, "boot"), pytest.param(False, "kd", marks=pytest.mark.slow)]
 )
 def test_two_processes_make_one_run(settings: dict[str, object], tmp_path: Path, stop: bool, objective: str) -> None:
-    """The same losses as one process; a signal to one stops both at one step, with one checkpoint."""
+    """The same losses as one process, three predictions among two too; a signal to one stops both at one step, with
+    one checkpoint."""
     words = ["distill", "--teacher", str(settings["teacher"]), "--batch-size", "8", "--device", "cpu", "--seed", "3",
              "--set", "log_every=1", "--set", "preview_teacher_steps=2", "--mixed-precision", "no",
              "--steps", "100000" if stop else "3", "--set", "optimizer.warmup_steps=2",
              "--set", "boot.boundary_every=3", "--corrector", "--set", "correction.direction=identity",
              "--set", "correction.warmup=1", "--objective", objective, "--set", "kd.adversary=0.5",
-             "--set", "adversary.warmup=0", "--set", "kd.teacher_steps=2", "--set", "refiner.share=0.25"]  # fmt: skip
+             "--set", "adversary.warmup=0", "--set", "kd.teacher_steps=2", "--set", "refiner.share=0.375"]  # fmt: skip
     together = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "bootcli",
          *words, "--output", "two", "--json"],

@@ -97,13 +97,14 @@ class KD(Objective[KDDraw]):
         if self._count >= min(self._size, FIRST_BATCHES * batch_size) and step % self.config.reuse:
             return
         size = at_once or batch_size
-        count = batch_size + -batch_size % engine.num_processes
-        eps = torch.randn(count, *self._eps.shape[1:], generator=generator)
-        rows = conditions(generator, count, pool, self.teacher.levels)
-        mine = slice(engine.rank * count // engine.num_processes, (engine.rank + 1) * count // engine.num_processes)
+        eps = torch.randn(batch_size, *self._eps.shape[1:], generator=generator)
+        rows = conditions(generator, batch_size, pool, self.teacher.levels)
+        # As many for each process, so that some may be followed twice.
+        share = math.ceil(batch_size / engine.num_processes)
+        mine = torch.arange(engine.rank * share, (engine.rank + 1) * share) % batch_size
         parts = zip(torch.split(eps[mine], size), torch.split(rows[mine], size), strict=True)
-        points = engine.gather(torch.cat([self._follow(e, r, engine) for e, r in parts])).cpu()
-        for start in range(0, count, self._size):
+        points = engine.gather(torch.cat([self._follow(e, r, engine) for e, r in parts])).cpu()[:batch_size]
+        for start in range(0, batch_size, self._size):
             part = slice(start, start + self._size)
             self._store(eps[part], rows[part], points[part])
 

@@ -178,13 +178,11 @@ class Session:
         Each process makes its share.
         """
         config, trainer, engine, pool = self.config, self.trainer, self.engine, self.work.prompts
-        # An update draws a batch, and a little more where stored paths are shared out evenly among processes.
-        most = config.batch_size + len(config.path_stores) * (engine.num_processes - 1)
-        left = (config.steps - trainer.step) * most
-        needed = trainer.drawn + min(left, most)
+        left = (config.steps - trainer.step) * config.batch_size  # no update draws more than a batch
+        needed = trainer.drawn + min(left, config.batch_size)
         if pool is None or trainer.deck is None or needed <= self._encoded_to:
             return
-        count = min(left, max(PORTION, most))
+        count = min(left, max(PORTION, config.batch_size))
         rows = [trainer.deck.upcoming(trainer.drawn, count)]
         if not self._encoded_to:
             rows.append(torch.arange(PREVIEWS) % len(pool))
