@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,6 +134,21 @@ def test_buffer_grows_fast_at_first_and_is_bounded() -> None:
     assert {len(kd.state()[name]) for name in ("eps", "rows", "points")} == {200}
     small = renewed(objective(buffer=5, teacher_steps=1, reuse=1), 3)
     assert len(small.state()["eps"]) == 5
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(8, 2), (3, 2), (1, 2), (7, 3)])
+def test_processes_share_the_paths_that_one_would_follow(batch_size: int, processes: int) -> None:
+    alone = renewed(objective(), 1, batch_size).state()["points"]
+    parts: list[torch.Tensor] = []
+    for rank in range(processes):
+        engine = SimpleNamespace(
+            rank=rank, num_processes=processes, device="cpu", autocast=nullcontext,
+            gather=lambda part: parts.append(part) or torch.cat([part] * processes),
+        )  # fmt: skip
+        kd = objective()
+        kd.renew(torch.Generator().manual_seed(1), batch_size, len(kd.pool), 1, engine)  # type: ignore[arg-type]
+    assert len({len(part) for part in parts}) == 1, "which gathering needs"
+    torch.testing.assert_close(torch.cat(parts)[:batch_size], alone)
 
 
 def test_newest_paths_stay() -> None:
