@@ -62,12 +62,6 @@ class Companion:
         self.prepared, self.optimizer = engine.prepare(network, make_optimizer(network, config))
         self.balance = Balance()
 
-    @property
-    def rate_scale(self) -> float:
-        """Learning rate, in units of the student's."""
-        assert self.settings.learning_rate_scale is not None, "resolved"
-        return self.settings.learning_rate_scale
-
     def learns(self, step: int) -> bool:
         """Whether it is there at an update."""
         return step > self.settings.start

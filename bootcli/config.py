@@ -203,8 +203,8 @@ class CorrectionConfig:
     critic: Literal["full", "lora"] = "full"
     """A copy of the teacher, or a LoRA on it: less memory, and less to learn with."""
     lora_rank: Positive = 32
-    learning_rate_scale: PositiveFloat | None = None
-    """Learning rate of the critic, in units of the student's; None: 1, where one of them alone is a LoRA 1/4 or 4."""
+    learning_rate_scale: PositiveFloat = 1.0
+    """Learning rate of the critic, in units of the student's."""
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ class Trainer:
         for name, norm in zip(("student", *present), norms, strict=True):
             if not math.isfinite(norm) and engine.scaler is None:
                 raise self._undone(f"The {name}'s gradient is {norm} at step {step}.")
-        rates = [rate, *(rate * each.rate_scale for each in present.values())]
+        rates = [rate, *(rate * each.settings.learning_rate_scale for each in present.values())]
         engine.step([self.optimizer, *(each.optimizer for each in present.values())], rates)
         self.ema.update(self.work.student, step)
         self._balance(batches)

@@ -16,8 +16,8 @@ from bootcli.teachers.view import PathStart
 P = TypeVar("P", bound=PathsConfig)
 MAX_GAIN = 20.0
 """sigma / alpha where paths begin, unless it is said."""
-LEARNING_RATE, OF_A_LORA = 5e-4, 4.0
-"""Of a whole network, and how many times as much a LoRA takes: a step of its thin matrices changes the layer less."""
+LEARNING_RATE, LEARNING_RATE_OF_LORA = 5e-4, 2e-3
+"""Unless it is said. A step of a LoRA's thin matrices changes a layer less."""
 STORED_PATHS, STORED_BYTES = 16_384, 2**32
 """Paths that are stored, unless it is said: so many, or what they may take."""
 
@@ -33,8 +33,6 @@ def without_auto(teacher: Teacher, config: DistillConfig, engine: Engine) -> Dis
     if config.student.lora_rank and start_t != 1.0:
         raise UsageError("student.start_t: a LoRA starts as the teacher, whose weights it shares.", "Leave it out.")
     solver: Solver = "multistep" if config.guided else "unipc"
-    student_takes = OF_A_LORA if config.student.lora_rank else 1.0
-    critic_takes = OF_A_LORA if config.correction.critic == "lora" else 1.0
 
     def stored(paths: P) -> P:
         return replace(
@@ -49,11 +47,7 @@ def without_auto(teacher: Teacher, config: DistillConfig, engine: Engine) -> Dis
     return replace(
         config,
         mixed_precision=engine.mixed_precision,
-        learning_rate=config.learning_rate or LEARNING_RATE * student_takes,
-        correction=replace(
-            config.correction,
-            learning_rate_scale=config.correction.learning_rate_scale or critic_takes / student_takes,
-        ),
+        learning_rate=config.learning_rate or (LEARNING_RATE_OF_LORA if config.student.lora_rank else LEARNING_RATE),
         watch=replace(config.watch, reference=reference),
         student=replace(
             config.student,

@@ -64,18 +64,12 @@ def test_time_that_is_used_up_counts_from_the_first_update(decay: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "rate", "critic"),
-    [
-        ({}, 5e-4, 1.0),
-        ({"student.lora_rank": 4}, 2e-3, 0.25),
-        ({"correction.critic": "lora"}, 5e-4, 4.0),
-        ({"student.lora_rank": 4, "correction.critic": "lora"}, 2e-3, 1.0),
-        ({"student.lora_rank": 4, "learning_rate": 1e-5, "correction.learning_rate_scale": 0.5}, 1e-5, 0.5),
-    ],
+    ("words", "rate"),
+    [({}, 5e-4), ({"student.lora_rank": 4}, 2e-3), ({"student.lora_rank": 4, "learning_rate": 1e-5}, 1e-5)],
 )
-def test_a_lora_takes_a_higher_rate(words: dict[str, object], rate: float, critic: float) -> None:
+def test_a_lora_takes_a_higher_rate(words: dict[str, object], rate: float) -> None:
     found = without_auto(GaussianTeacher(MEAN, 0.5, DDPM), resolve(words), Engine("cpu", "no"))
-    assert (found.learning_rate, found.correction.learning_rate_scale) == (rate, critic)
+    assert found.learning_rate == rate
 
 
 def test_critic_and_judge_learn_at_rates_of_their_own(tiny_teacher: Teacher) -> None:
