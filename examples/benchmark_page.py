@@ -32,10 +32,12 @@ class Row:
         return [float(row[key]) for row in found if key in row]
 
     def text(self, key: str, digits: int) -> str:
-        """Their mean, and the standard deviation where there is more than one."""
+        """Their mean, and the standard deviation where there is more than one; nothing where a seed lacks it."""
         values = self.values(key)
+        if len(values) < len(self.cells):
+            return ""
         spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{fmean(values):.{digits}f}{spread}" if values else ""
+        return f"{fmean(values):.{digits}f}{spread}"
 
 
 def rows_of(cells: Sequence[dict[str, Any]], order: Sequence[str]) -> list[Row]:
@@ -238,8 +240,9 @@ def write_page(folder: Path, order: Sequence[str]) -> None:
         "that the teacher draws in 50 steps, from the same noise and for the same conditions: with guidance those are",
         "far from real images, and a student that is near them is too. Minutes are of training alone. Seed 0 is timed",
         "on the machine named; other seeds make as many updates, some on a GPU; ± is the standard deviation over them.",
-        "At a * nothing was timed: updates are in proportion to those of a shorter time of the run, or of an earlier",
-        "run. At a † the teacher's paths were those before `kd.step_power`.", "",
+        "A number that one of them lacks is left out. At a * nothing was timed: updates are in proportion to those of",
+        "a shorter time of the run, or of an earlier run. At a † the teacher's paths were those before",
+        "`kd.step_power`.", "",
     ]  # fmt: skip
     for teacher, cells in cells_of.items():
         save_curves(cells, order, teacher)

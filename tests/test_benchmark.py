@@ -189,6 +189,13 @@ def test_cells_of_other_paths_have_a_line_of_their_own() -> None:
     assert "| kd | 5 min † | 7 | 1 | 5.00 ± 1.41 | 2 |\n| kd | 5 min | 7 | 1 | 2.00 | 1 |" in page("kd", cells, ["kd"])
 
 
+def test_a_number_that_one_seed_lacks_is_left_out() -> None:
+    rows = {"nfe": 1, "fid": 4.0, "recall": 0.5}, {"nfe": 1, "fid": 6.0}
+    facts = {"objective": "kd", "minutes": 5, "updates": 7, "settings": {"objective": "boot"}, "teacher": "t"}
+    cells = [facts | {"cell": f"kd-{i}", "num_images": 5, "student": [row]} for i, row in enumerate(rows)]
+    assert "| kd | 5 min | 7 | 1 | 5.00 ± 1.41 |  | 2 |" in page("kd", cells, ["kd"])
+
+
 def test_levers_are_sorted_below_the_student_that_they_change() -> None:
     students = (("boot", "late", 3.0), ("boot", "early", 1.0), ("boot", "", 2.0), ("default", "", 0.5))
     shared = {"minutes": 5, "updates": 7, "num_images": 80, "teacher": "fashion", "threads": 1}
