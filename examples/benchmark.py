@@ -162,6 +162,7 @@ class Bench:
         num_images: for each number.
         device: where to compute.
         guidance_scale: None is the recipe's.
+        mixed_precision: of training; None is what the machine does best.
     """
 
     teacher: str
@@ -170,12 +171,14 @@ class Bench:
     num_images: int
     device: Any
     guidance_scale: float | None = None
+    mixed_precision: str | None = None
 
     @property
     def shared(self) -> dict[str, object]:
-        """The settings of everything here: teacher, device, and guidance where it is not the recipe's."""
-        own = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
-        return {"teacher": self.teacher, "device": self.device, **own}
+        """The settings of everything here: teacher, device, and what is said of guidance and precision."""
+        own = {"guidance_scale": self.guidance_scale, "mixed_precision": self.mixed_precision}
+        said = {key: value for key, value in own.items() if value is not None}
+        return {"teacher": self.teacher, "device": self.device, **said}
 
     def path(self, name: str) -> Path:
         """The file of a cell."""
@@ -426,6 +429,9 @@ def main() -> None:
     parser.add_argument("--teacher", default="fashion")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--guidance-scale", type=float, help="another than the recipe's: cells of their own")
+    parser.add_argument(
+        "--mixed-precision", choices=("no", "fp16", "bf16"), help="of training; else the machine's best"
+    )
     parser.add_argument("--num-images", type=int, default=10_000)
     parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="of the teacher")
     parser.add_argument("--minutes", default=",".join(map(str, MINUTES)), help="of training, rising")
@@ -444,7 +450,8 @@ def main() -> None:
         scale = options.guidance_scale
         name = Path(options.teacher).name + ("" if scale is None else f"-w{scale:g}")
         bench = Bench(
-            options.teacher, options.results / name, options.runs / name, options.num_images, options.device, scale
+            options.teacher, options.results / name, options.runs / name, options.num_images, options.device, scale,
+            options.mixed_precision,
         )  # fmt: skip
         minutes = [float(m) for m in options.minutes.split(",")]
         if options.levers:

@@ -110,29 +110,31 @@ def test_calls_of_a_guided_teacher_are_counted_twice(bench: Bench, scale: float 
     assert f"## {title}\n" in page("folder", read_cells(bench.cells), [])
 
 
-def test_another_guidance_scale_is_the_students_too_and_has_a_folder(
+def test_another_guidance_scale_and_precision_are_the_students_too_and_the_scale_has_a_folder(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scales, folders = [], []
+    said, folders = [], []
 
     def stopped(config: DistillConfig, *_: object, **__: object) -> None:
-        scales.append(config.guidance_scale)
+        said.append((config.guidance_scale, config.mixed_precision))
         raise InterruptedError
 
     def measured(bench: Bench, *_: object, **__: object) -> None:
-        folders.append((bench.cells, bench.runs.name, bench.guidance_scale))
+        folders.append((bench.cells, bench.runs.name, bench.guidance_scale, bench.mixed_precision))
 
     monkeypatch.setattr(benchmark, "distill", stopped)
-    guided = dataclasses.replace(bench, teacher="fashion-sd", guidance_scale=1.5)
+    monkeypatch.setattr(benchmark, "OBJECTIVES", {"default": {}})
+    guided = dataclasses.replace(bench, teacher="fashion-sd", guidance_scale=1.5, mixed_precision="no")
     with pytest.raises(InterruptedError):
         student_cells(guided, "default", 0, [0.001], "")
-    assert scales == [1.5]
+    assert said == [(1.5, "no")]
     monkeypatch.setattr(benchmark, "student_cells", measured)
     monkeypatch.setattr(benchmark, "write_page", lambda *_: None)
-    words = ["--teacher", "fashion-sd", "--guidance-scale", "1.5", "--steps", "", "--seeds", "1", "--objectives", "kd"]
+    what = ["--teacher", "fashion-sd", "--guidance-scale", "1.5", "--mixed-precision", "no"]
+    words = [*what, "--steps=", "--seeds", "1", "--objectives", "kd"]
     monkeypatch.setattr("sys.argv", ["benchmark.py", *words, "--results", str(tmp_path)])
     benchmark.main()
-    assert folders == [(tmp_path / "fashion-sd-w1.5", "fashion-sd-w1.5", 1.5)]
+    assert folders == [(tmp_path / "fashion-sd-w1.5", "fashion-sd-w1.5", 1.5, "no")]
 
 
 def test_a_page_says_which_students_had_another_machine() -> None:
