@@ -175,10 +175,9 @@ class Bench:
 
     @property
     def shared(self) -> dict[str, object]:
-        """The settings of everything here: teacher, device, and what is said of guidance and precision."""
-        own = {"guidance_scale": self.guidance_scale, "mixed_precision": self.mixed_precision}
-        said = {key: value for key, value in own.items() if value is not None}
-        return {"teacher": self.teacher, "device": self.device, **said}
+        """The settings of everything here: teacher, device, and guidance where it is not the recipe's."""
+        own = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
+        return {"teacher": self.teacher, "device": self.device, **own}
 
     def path(self, name: str) -> Path:
         """The file of a cell."""
@@ -346,7 +345,8 @@ def lever_cells(bench: Bench, minutes: float, only: str) -> None:
 
 def trained(bench: Bench, run: Path, settings: dict[str, object], seed: int) -> dict[str, object]:
     """Train as far as the settings say, and score."""
-    config = resolve_config({**bench.shared, "seed": seed, **ENDLESS, **settings}, {}, {})
+    own = {"seed": seed, "mixed_precision": bench.mixed_precision}
+    config = resolve_config({**bench.shared, **own, **ENDLESS, **settings}, {}, {})
     resume = bool(checkpoints(RunDir(run).checkpoints))
     if resume:
         refuse_other(run, config)

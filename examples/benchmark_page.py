@@ -27,17 +27,15 @@ class Row:
     cells: Sequence[dict[str, Any]]
 
     def values(self, key: str) -> list[float]:
-        """The numbers of all seeds."""
-        found = (row for cell in self.cells for row in cell["student"] if row["nfe"] == self.nfe)
-        return [float(row[key]) for row in found if key in row]
+        """The numbers of all seeds; none where one of them lacks it."""
+        found = [row for cell in self.cells for row in cell["student"] if row["nfe"] == self.nfe]
+        return [float(row[key]) for row in found] if all(key in row for row in found) else []
 
     def text(self, key: str, digits: int) -> str:
-        """Their mean, and the standard deviation where there is more than one; nothing where a seed lacks it."""
+        """Their mean, and the standard deviation where there is more than one."""
         values = self.values(key)
-        if len(values) < len(self.cells):
-            return ""
         spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{fmean(values):.{digits}f}{spread}"
+        return f"{fmean(values):.{digits}f}{spread}" if values else ""
 
 
 def rows_of(cells: Sequence[dict[str, Any]], order: Sequence[str]) -> list[Row]:
