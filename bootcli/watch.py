@@ -17,8 +17,8 @@ RISEN = 4.0
 CHANCE = 1.1
 """How often the lowest distance another may be and tell no worse student: with 500 images the ratio of two students'
 distances varies by 4 to 6 % with which images those are (measured in `docs/experiments.md`)."""
-SMOOTHING = 0.98
-"""Weight of the past in the residual: the newest 50 updates or so count."""
+SMOOTHING = 50
+"""How many of the newest updates the smoothed residual is of, or so; before as many there is none to compare with."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Watch:
     """
 
     scores: list[Score] = field(default_factory=list)
-    _smooth: float = math.nan
+    _followed: int = 0
+    _smooth: float = 0.0
     _lowest: float = math.inf
     _told: set[str] = field(default_factory=set)
 
@@ -92,8 +93,10 @@ class Watch:
 
     def follow(self, residual: float) -> str | None:
         """Take the residual of one update; a warning where it has risen far above its lowest."""
-        first = math.isnan(self._smooth)
-        self._smooth = residual if first else SMOOTHING * self._smooth + (1 - SMOOTHING) * residual
+        self._followed += 1
+        self._smooth += (residual - self._smooth) / min(self._followed, SMOOTHING)
+        if self._followed < SMOOTHING:
+            return None
         self._lowest = min(self._lowest, self._smooth)
         if self._smooth > RISEN * self._lowest:
             return self._once(

@@ -268,13 +268,14 @@ def teacher_cells(bench: Bench, steps: Sequence[int], only: str) -> None:
 def teacher_reference(bench: Bench) -> Path:
     """The file of what the teacher draws in many steps, made once: from the noise and the conditions of the images
     compared with it, so that nothing is left to chance and the teacher itself has 0."""
-    path = bench.runs / "teacher.safetensors"
+    count = min(bench.num_images, OWN)
+    path = bench.runs / f"teacher-{count}.safetensors"
     if not path.exists():
         config = resolve_config(bench.shared, {}, {})
         engine = Engine(config.device, "no")
         teacher = load(config.teacher).teacher
         view, cond_of = teacher_view(teacher, config, engine), condition_of(teacher, config)
-        own = partial(teacher_images, view, OWN_STEPS, cond_of, range(min(bench.num_images, OWN)), 250, engine)
+        own = partial(teacher_images, view, OWN_STEPS, cond_of, range(count), 250, engine)
         write_reference(path, reference_for(teacher, OWN_IMAGES, engine.device, own_images=own))
     return path
 
@@ -327,8 +328,8 @@ def student_cells(
             elif paced and before.exists():
                 facts |= {"paced": True}
                 budget = {"steps": round(read_json(before)["updates"] * limit / read_json(before)["minutes"])}
-            before = bench.path(cell)
             bench.cell(cell, facts, lambda budget=budget: trained(bench, run, OBJECTIVES[name] | budget, seed))  # type: ignore[misc]
+        before = bench.path(cell)
 
 
 def lever_cells(bench: Bench, minutes: float, only: str) -> None:
@@ -391,10 +392,10 @@ def paired_mse(bench: Bench, run: Path) -> float:
     student, config = (artifact := load_student(run)).student, artifact.config
     engine, teacher = Engine(bench.device, "no"), load(bench.teacher).teacher
     cond_of, seeds = condition_of(teacher, config), range(min(bench.num_images, PAIRED))
+    view = teacher_view(teacher, config, engine)  # before the time: it takes the run's clock
     t_max = start_time(teacher, config)
     kept = bench.runs / f"paths-from-{t_max:.4f}-{len(seeds)}.safetensors"
     if not kept.exists():
-        view = teacher_view(teacher, config, engine)
         write_tensors(kept, {"ends": torch.cat([*path_ends(view, t_max, OWN_STEPS, cond_of, seeds, 250, engine)])}, {})
     ends = read_tensors(kept)[0]["ends"].split(250)
     return float(torch.cat([*paired_errors(student.to(engine.device), ends, cond_of, seeds, engine)]).mean())

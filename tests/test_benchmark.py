@@ -60,7 +60,7 @@ def test_a_benchmark_from_cells_to_page(bench: Bench, capsys: pytest.CaptureFixt
     teacher_cells(bench, [2], "")
     assert cell(bench, "teacher-ddim-2")["nfe"] == cell(bench, "teacher-dpmsolver-2")["nfe"] == 2
     assert "| teacher |" in page("fashion", read_cells(bench.cells), list(benchmark.OBJECTIVES))
-    kept = bench.runs / "teacher.safetensors"
+    kept = bench.runs / "teacher-70.safetensors"
     run = bench.runs / "few-step-seed1"
     again = evaluate(run, num_images=70, reference=str(kept), teacher_steps=(2,), device="cpu")
     paired = evaluate(run, metrics=["paired"], num_images=4, device="cpu")
@@ -86,7 +86,7 @@ def test_a_benchmark_from_cells_to_page(bench: Bench, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.count("already measured") == 2
     assert before == {path: path.read_bytes() for path in bench.cells.iterdir()}
 
-    student_cells(bench, "few-step", 0, [0.04, 0.08], "", paced=True)
+    student_cells(bench, "few-step", 0, [0.04, 0.08], "0.08min", paced=True)
     longer = cell(bench, "few-step-seed0-0.08min")
     assert longer["paced"]
     assert longer["updates"] == 10

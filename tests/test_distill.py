@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -25,6 +26,7 @@ from bootcli.maths.prediction import PredictionType
 from bootcli.maths.schedule import Schedule, VarianceExploding
 from bootcli.objectives.adversary import Adversary
 from bootcli.objectives.corrector import Corrector
+from bootcli.objectives.kd import KD
 from bootcli.pipelines import distill as pipeline
 from bootcli.pipelines.defaults import start_time
 from bootcli.pipelines.distill import distill
@@ -311,6 +313,28 @@ def test_dry_run_takes_updates_as_they_are_later(
     monkeypatch.setattr(EMA, "update", lambda *_: time.sleep(0.1))
     away = dry_run(resolve_config(settings | words | {"memory.offload_ema": True}, {}, {}))
     assert away.seconds_per_step == pytest.approx(0.4 + 0.3 / 10 - 0.1 * 9 / 10, abs=0.03), "it moves every tenth time"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_a_dry_run_makes_paths_in_two_updates_of_three(
+    settings: dict[str, object], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small a part of the batch they are: the third tells what an update takes without."""
+    made: list[int] = []
+    follow, update = KD._follow, Trainer._update
+
+    def follow_and_count(self: KD, *args: Any) -> torch.Tensor:
+        made[-1] += 1
+        return follow(self, *args)
+
+    def update_and_count(self: Trainer, step: int) -> StepReport:
+        made.append(0)
+        return update(self, step)
+
+    monkeypatch.setattr(KD, "_follow", follow_and_count)
+    monkeypatch.setattr(Trainer, "_update", update_and_count)
+    dry_run(resolve_config(settings | {"objective": "boot", "replay.share": share, "batch_size": 32}, {}, {}))
+    assert [count > 0 for count in made[-3:]] == [True, True, False]
 
 
 def test_dry_run_measures_and_writes_nothing(settings: dict[str, object], tmp_path: Path) -> None:

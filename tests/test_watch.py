@@ -77,6 +77,12 @@ def test_residual_warns_when_it_rises_far_above_its_lowest() -> None:
     assert sum(watch.follow(2.0) is not None for _ in range(200)) == 1, "a new episode"
 
 
+def test_the_first_batches_are_nothing_to_compare_with() -> None:
+    """A lucky one, of a run that goes on with small batches."""
+    watch = Watch()
+    assert not any(watch.follow(residual) for residual in (0.01, *[1.0] * 300))
+
+
 @pytest.fixture
 def settings(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.setattr(scoring, "DIVERSE", 32)  # the teacher draws as many in each run
@@ -280,6 +286,31 @@ def test_a_score_that_fails_loses_no_update(
     assert [path.stem for path in checkpoints(RunDir(tmp_path / "run").checkpoints)] == ["step-00000002"]
 
 
+def test_nor_does_the_last_one(settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last update is saved first, too, in a run that saves nothing before its end."""
+
+    def fails(self: Scorer, step: int) -> Score:
+        raise MemoryError
+
+    monkeypatch.setattr(Scorer, "score", fails)
+    with pytest.raises(MemoryError):
+        list(distill(resolve_config(settings | {"steps": 2, "checkpoint_every": 0}, {}, {}), tmp_path / "run"))
+    assert [path.stem for path in checkpoints(RunDir(tmp_path / "run").checkpoints)] == ["step-00000002"]
+    assert load_student(tmp_path / "run").step == 2
+
+
+def test_a_run_that_scores_no_more_keeps_its_last_student(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, 5.0)
+    run = tmp_path / "run"
+    list(distill(resolve_config(settings | {"steps": 2}, {}, {}), run))
+    *_, finished = distill(resume_config(run, {"steps": 3, "watch.every": 0}, {}, {}), run, resume=True)
+    assert isinstance(finished, Finished)
+    assert finished.best is None
+    assert load_student(run).step == 3
+
+
 def test_patience_without_scores_is_refused(settings: dict[str, object], tiny_ddpm: Path, tmp_path: Path) -> None:
     for words in ({"watch.every": 0}, {"teacher": str(tiny_ddpm)}):
         config = resolve_config(settings | words | {"watch.patience": 2}, {}, {})
@@ -381,6 +412,7 @@ def test_warnings_are_in_the_story(
             yield dataclasses.replace(report, residual=report.residual * 1000.0**report.step)
 
     monkeypatch.setattr(pipeline.Trainer, "run", rising)
+    monkeypatch.setattr("bootcli.watch.SMOOTHING", 2)
     events = list(distill(resolve_config(settings | {"watch.every": 0}, {}, {}), tmp_path / "run"))
     assert sum("leaving the teacher's paths" in e.message for e in events if isinstance(e, Warned)) == 1
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 6

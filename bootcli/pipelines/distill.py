@@ -215,7 +215,9 @@ class Session:
         if warning := self._watch.follow(report.residual):
             yield Warned(report.step, warning)
         # First the state: pictures and scores take memory that training does not, and may fail.
-        if config.checkpoint_every and report.step % config.checkpoint_every == 0 and not last:
+        if last:
+            return  # `_finish` saves, scores and shows it
+        if config.checkpoint_every and report.step % config.checkpoint_every == 0:
             yield self._checkpoint()
         if config.preview_every and report.step % config.preview_every == 0:
             yield from self._preview()
@@ -265,7 +267,7 @@ class Session:
             self._save(self.rundir.student)  # before what may fail
         if self.config.watch.every:
             yield from self._score()
-        best = self._watch.best
+        best = self._watch.best if self.config.watch.every else None  # a resumed run may score no more
         if best is not None and best.step < self.trainer.step and self._best_step() != best.step:
             best = None
         if self.engine.is_main and best is not None and best.step < self.trainer.step:

@@ -65,6 +65,8 @@ def dry_run(config: DistillConfig) -> Estimate:
     engine = Engine(config.device, config.mixed_precision)
     loaded = load(config.teacher)
     teacher, device = loaded.teacher, engine.device
+    if config.resolution is not None:
+        teacher.use_resolution(*config.resolution)  # how many paths fit depends on it
     resolved = without_auto(teacher, config, engine)
     facts = {"teacher": f"{config.teacher} ({loaded.origin})", "device": str(device)}
     need, judge, cost, measured = need_of(teacher, resolved, device), None, None, None
@@ -100,8 +102,8 @@ def dry_run(config: DistillConfig) -> Estimate:
 
 def _soon(config: DistillConfig) -> DistillConfig:
     """Three updates in which everybody learns at once; the second makes teacher paths, where the run stores any, and
-    the third does not."""
-    soon, paths = {"start": 0, "warmup": 0}, {"reuse": 2, "buffer": config.batch_size}
+    the third does not: a buffer of one is full, however small a part of the batch the paths are."""
+    soon, paths = {"start": 0, "warmup": 0}, {"reuse": 2, "buffer": 1}
     return dataclasses.replace(
         config,
         steps=3,

@@ -17,14 +17,17 @@ from PIL import Image
 from bootcli.conditions import PromptPool
 from bootcli.deck import Deck
 from bootcli.errors import BootError, UsageError
+from bootcli.pipelines import defaults
 from bootcli.pipelines import distill as pipeline
 from bootcli.pipelines.distill import distill
+from bootcli.pipelines.estimate import dry_run
 from bootcli.pipelines.evaluate import evaluate
 from bootcli.pipelines.events import Encoded, Event, Stepped, Warned
 from bootcli.pipelines.export import export
 from bootcli.pipelines.sample import sample
 from bootcli.pipelines.settings import resolve_config, resume_config
 from bootcli.prompts import Prompt, Prompts
+from bootcli.store.rundir import RunDir
 from bootcli.teachers.view import TeacherView
 from tests.training.short import EVERYTHING, build, config_of
 
@@ -214,6 +217,18 @@ def test_another_size(make_folder: MakeFolder, tmp_path: Path, xl: bool) -> None
     assert result["resolution"] == (24, 16)
     with pytest.raises(UsageError, match="multiples of 8 pixels"):
         sample(tmp_path / "run", resolution=(12, 16))
+
+
+def test_a_dry_run_stores_as_many_paths_as_the_run(
+    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the size asked for, not of the teacher's own: fewer of the larger ones fit."""
+    monkeypatch.setattr(defaults, "STORED_BYTES", 100_000)
+    settings = {"teacher": str(make_folder()), "prompts": str(write(tmp_path / "prompts.txt", "a shoe")), "steps": 1}
+    config = resolve_config({**settings, "resolution": (64, 32), "device": "cpu", "watch.every": 0}, {}, {})
+    list(distill(config, tmp_path / "run"))
+    stored = RunDir(tmp_path / "run").config()
+    assert dry_run(config).config["kd"]["buffer"] == stored.kd.buffer  # type: ignore[index]
 
 
 def test_seeds_of_prompts(make_folder: MakeFolder, tmp_path: Path) -> None:
