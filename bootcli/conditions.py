@@ -67,6 +67,8 @@ class Embeddings:
             except (SafetensorError, ValueError, LookupError, TypeError):
                 self.damaged = self.path
                 self.path.unlink(missing_ok=True)
+            except OSError as error:
+                raise _unusable(self.path, error) from error
 
     def rows(self, index: Tensor) -> dict[str, Tensor]:
         """The embeddings at ``index`` (b,) by name, on the CPU, in float32; those that are not there are made."""
@@ -124,10 +126,7 @@ class Embeddings:
             folder.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".safetensors")
         except OSError as error:
-            raise BootError(
-                f"Text embeddings cannot be kept in {folder}: {error.strerror}.",
-                "Set XDG_CACHE_HOME to a folder that can be written.",
-            ) from error
+            raise _unusable(folder, error) from error
         temporary = Path(name)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -164,6 +163,12 @@ class Embeddings:
             offsets[name] = 8 + length + entry["data_offsets"][0]
             table[name] = np.memmap(file, _TYPES[entry["dtype"]], "r", offsets[name], tuple(entry["shape"]))
         self._file, self._table, self._offsets = file, table, offsets
+
+
+def _unusable(path: Path, error: OSError) -> BootError:
+    """What is wrong with the cache."""
+    hint = "Set XDG_CACHE_HOME to a folder that can be written."
+    return BootError(f"Text embeddings cannot be kept in {path}: {error.strerror}.", hint)
 
 
 def _kind(tensor: Tensor) -> str:

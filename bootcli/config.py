@@ -145,7 +145,7 @@ class PathsConfig:
 
     teacher_steps: Positive = 12
     """Teacher steps in a path; with points, the next number that they divide."""
-    solver: Solver | Literal["auto"] = "auto"
+    solver: Literal[Solver, "auto"] = "auto"
     """Teacher step; multistep and unipc take one evaluation a step, midpoint and heun take two. Auto is unipc, for a
     guided teacher multistep."""
     step_power: PositiveFloat = 1.5
@@ -325,6 +325,11 @@ class DistillConfig:
         return self.guidance_scale != 1.0 or self.guidance_range is not None
 
     @property
+    def corrects(self) -> bool:
+        """Whether there is a corrector beside the objective: with freeflow, unless it is said."""
+        return self.objective == "freeflow" if self.corrector is None else self.corrector
+
+    @property
     def path_stores(self) -> tuple[PathsConfig, ...]:
         """The teacher paths that the run stores."""
         kd = (self.kd,) if self.objective == "kd" else ()
@@ -436,7 +441,7 @@ def read_overrides(items: Iterable[str]) -> dict[str, object]:
     for item in items:
         key, separator, text = item.partition("=")
         if not separator:
-            raise UsageError(f"--set {item}: expected key=value.", "For example: --set boot.delta=0.1")
+            raise UsageError(f"--set {item}: expected key=value.", "For example: --set kd.teacher_steps=8")
         overrides[key.strip()] = text
         for value in (text, *([f"[{text}]"] if "," in text else [])):
             with suppress(tomllib.TOMLDecodeError):

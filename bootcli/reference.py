@@ -18,7 +18,7 @@ from bootcli.evaluate import INCEPTION, Inception, Statistics, features_of, fold
 from bootcli.manifold import MOST_ROWS, some_rows
 from bootcli.paths import expanded
 from bootcli.store.tensors import read_tensors, write_tensors
-from bootcli.teachers.protocol import Teacher
+from bootcli.teachers.protocol import FeatureSpace, Teacher
 
 OWN_STEPS = 50
 """Teacher steps of those, and of the ends that a student is paired with."""
@@ -81,7 +81,8 @@ def reference_for(
     own = teacher.feature_space()
     if reference is None:
         if own is None:
-            raise UsageError("This teacher brings no reference statistics: name some with --reference.", FORMS)
+            what = "This teacher brings no reference statistics for images of this size"
+            raise UsageError(f"{what}: name some with --reference.", FORMS)
         statistics = Statistics(own.mean.double().cpu().numpy(), own.cov.double().cpu().numpy(), own.num_images)
         rows = None if own.features is None else some_rows(own.features.cpu(), MOST_ROWS)
         if with_features:
@@ -122,7 +123,13 @@ def check_reference(teacher: Teacher, reference: str, name: str, *, may_draw: bo
     if not (may_draw and is_own(reference)) and not path.exists():
         raise UsageError(f"{name} {reference}: {path} does not exist.", FORMS)
     if teacher.feature_space() is None and not inception:
-        raise UsageError(f"{name} {reference}: this teacher has no feature network of its own.", FORMS)
+        what = "this teacher has no feature network of its own for images of this size"
+        raise UsageError(f"{name} {reference}: {what}.", FORMS)
+
+
+def features_for(teacher: Teacher, reference: str | None) -> FeatureSpace | None:
+    """The teacher's own features, where a user's ``--reference`` is compared in them; None: in Inception's."""
+    return teacher.feature_space() if reference is None or not _parts(reference)[0] else None
 
 
 def is_own(reference: str | None) -> bool:

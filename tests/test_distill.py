@@ -143,9 +143,10 @@ def test_two_processes_make_one_run(settings: dict[str, object], tmp_path: Path,
     words = ["distill", "--teacher", str(settings["teacher"]), "--batch-size", "8", "--device", "cpu", "--seed", "3",
              "--set", "log_every=1", "--set", "preview_teacher_steps=2", "--mixed-precision", "no",
              "--steps", "100000" if stop else "3", "--set", "optimizer.warmup_steps=2",
-             "--set", "boot.boundary_every=3", "--corrector", "--set", "correction.direction=identity",
-             "--set", "correction.warmup=1", "--objective", objective, "--set", "kd.adversary=0.5",
-             "--set", "adversary.warmup=0", "--set", "kd.teacher_steps=2", "--set", "refiner.share=0.375"]  # fmt: skip
+             "--corrector", "--set", "correction.direction=identity", "--set", "correction.warmup=1",
+             "--objective", objective, "--set", "refiner.share=0.375"]  # fmt: skip
+    own = {"boot": ["boot.boundary_every=3"], "kd": ["kd.adversary=0.5", "adversary.warmup=0", "kd.teacher_steps=2"]}
+    words += [word for setting in own[objective] for word in ("--set", setting)]
     together = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "bootcli",
          *words, "--output", "two", "--json"],

@@ -21,6 +21,7 @@ from bootcli.plugin import Cond, Teacher
 from bootcli.prompts import Prompt, Prompts
 from bootcli.sampler import prior_noise, student_images, teacher_images
 from bootcli.store.artifact import find_artifact, load_student
+from bootcli.store.rundir import RunDir
 from bootcli.store.tensors import read_tensors, write_tensors
 from bootcli.student import Student
 from bootcli.teachers.registry import load
@@ -55,6 +56,7 @@ def test_one_file_per_seed_and_a_grid(tiny_run: Path, tmp_path: Path) -> None:
     with Image.open(drawn.files[1]) as image:
         assert image.size == (8, 8)
         assert image.info["seed"] == "8"
+        assert image.info["training_steps"] == str(load_student(tiny_run).step)
         assert image.info["Software"].startswith("bootcli ")
 
 
@@ -93,8 +95,35 @@ def test_the_default_folder_is_the_runs_and_can_be_drawn_again(tiny_run: Path) -
 
 
 def test_a_student_alone_has_its_samples_beside_it(tiny_run: Path, tmp_path: Path) -> None:
+    """In a folder of its own, and a file of prompts that happens to be there is another's."""
     shutil.copy(find_artifact(tiny_run), tmp_path / "mine.safetensors")
-    assert sample(tmp_path / "mine.safetensors", num_images=1).output == tmp_path / "samples"
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red fox"}\n')
+    assert sample(tmp_path / "mine.safetensors", num_images=1).output == tmp_path / "samples" / "mine"
+
+
+def test_the_best_so_far_has_a_folder_of_its_own(tiny_run: Path, tmp_path: Path) -> None:
+    run = RunDir(Path(shutil.copytree(tiny_run, tmp_path / "run")))
+    run.best.parent.mkdir(exist_ok=True)
+    shutil.copy(run.student, run.best)
+    assert sample(run.best, num_images=1).output == run.samples / "best"
+
+
+@pytest.mark.parametrize("name", [".", "student.safetensors"])
+def test_inside_the_folder_of_the_student_the_run_is_known(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tiny_run / "student")
+    artifact = load_student(Path(name))
+    assert artifact.run is not None
+    assert artifact.samples == tiny_run.absolute() / "samples"
+
+
+def test_a_grid_of_many_is_no_larger_than_viewers_open(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bootcli.pipelines.sample.GRID_SIDE", 64)
+    drawn = sample(tiny_run, num_images=36, output=tmp_path / "out")
+    assert max(pixels(drawn.grid).shape) <= 64
 
 
 def test_a_named_folder_is_not_written_over_unasked(tiny_run: Path, tmp_path: Path) -> None:

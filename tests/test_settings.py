@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bootcli.closed_form import GaussianTeacher
-from bootcli.config import OWN_IMAGES, DistillConfig, read_overrides, resolve
+from bootcli.config import OWN_IMAGES, DistillConfig, flatten, read_overrides, resolve, to_dict
 from bootcli.engine import Engine
 from bootcli.errors import BootError, UsageError
 from bootcli.maths.schedule import DiscreteVP
@@ -47,6 +47,36 @@ def test_a_recipe_in_a_folder_says_nothing_for_the_user(folder: Path, key: str, 
     (folder / "recipe.json").write_text(json.dumps({"steps": 7, key: value}))
     with pytest.raises(BootError, match=rf"The recipe of the teacher .*theirs is broken: {key}.*"):
         resolve_config({"teacher": str(folder)}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value", "switch"),
+    [
+        ({}, "boot.delta", 0.2, "--objective boot"),
+        ({"objective": "boot"}, "kd.teacher_steps", 8, "--objective kd"),
+        ({"corrector": False}, "correction.balance", 0.5, "--corrector"),
+        ({}, "adversary.warmup", 3, "kd.adversary"),
+        ({"objective": "boot"}, "adversary.warmup", 3, "replay.adversary"),
+        ({}, "replay.points", 2, "replay.share"),
+        ({}, "refiner.sigmas", [1.0], "refiner.share"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(
+    folder: Path, words: dict[str, object], key: str, value: object, switch: str
+) -> None:
+    """On the command line; a config file has them all."""
+    words = words | {"teacher": str(folder)}
+    with pytest.raises(UsageError, match="no part that it belongs to") as caught:
+        resolve_config(words, {key: value}, {})
+    assert switch in caught.value.hint
+    resolve_config(words, {}, dict(flatten(to_dict(resolve_config(words, {}, {})))))
+    with pytest.raises(UsageError, match="starts as that one"):
+        resolve_config(words | {"init_from": "run"}, {"student.start_t": 0.3}, {})
+
+
+def test_what_is_off_may_be_switched_off(folder: Path) -> None:
+    off = {"replay.share": 0.0, "refiner.share": 0.0, "kd.adversary": 0.0}
+    resolve_config({"teacher": str(folder), "objective": "boot"}, off, {})
 
 
 def test_a_recipe_in_a_folder_names_no_prompts(folder: Path) -> None:

@@ -16,7 +16,7 @@ import typer
 from bootcli.errors import BootError, Interrupted, UsageError
 
 DEBUG = "BOOTCLI_DEBUG"
-DISK_FULL = "No space left on device"
+DISK_FULL = ("No space left on device", "Disk quota exceeded")
 
 
 def integers(text: str | None, flag: str) -> tuple[int, ...] | None:
@@ -125,9 +125,9 @@ def fail(error: Exception) -> NoReturn:
 def _explain(error: Exception) -> BootError:
     if isinstance(error, BootError):
         return error
-    if DISK_FULL in str(error):  # an OSError, or what a library made of one
+    if full := next((words for words in DISK_FULL if words in str(error)), None):  # also in what is no OSError
         name = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-        return BootError(f"{DISK_FULL}{name}.", "Free some space; a run with a checkpoint goes on with --resume.")
+        return BootError(f"{full}{name}.", "Free some space; a run with a checkpoint goes on with --resume.")
     if isinstance(error, OSError) and error.filename and error.strerror:
         return BootError(f"{error.filename}: {error.strerror}.", "Choose a place that can be read and written.")
     if _is_out_of_memory(error):

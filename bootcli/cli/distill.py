@@ -42,7 +42,7 @@ PromptsOption = Annotated[
     typer.Option(
         metavar="FILE",
         help="Prompts for a text teacher: a text file, .jsonl, a pattern, or - for standard input.",
-        show_default="200 that come with bootcli",
+        show_default=recipe("200 that come with bootcli"),
         rich_help_panel=TEACHER,
     ),
 ]
@@ -185,7 +185,7 @@ ConfigOption = Annotated[
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Any setting, as boot.delta=0.1; repeatable.", rich_help_panel=SETTINGS
+        "--set", metavar="KEY=VALUE", help="Any setting, as kd.teacher_steps=8; repeatable.", rich_help_panel=SETTINGS
     ),
 ]
 DryRunOption = Annotated[

@@ -13,7 +13,6 @@ from bootcli.cli.options import (
     DeviceOption,
     GuidanceOption,
     JsonOption,
-    OverwriteOption,
     PromptsOption,
     ResolutionOption,
     RunArgument,
@@ -44,6 +43,9 @@ PromptOption = Annotated[
 OutputOption = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Where the images go.", show_default="RUN/samples", callback=at_home),
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Write into an --output that is not empty, over images of the same seeds.")
 ]
 NfeOption = Annotated[
     int, typer.Option(metavar="N", min=1, help="Network calls for each image; above 1 for a student trained to refine.")
@@ -80,6 +82,8 @@ def sample(
 
     if output is not None:
         check_free(output, overwrite=overwrite)
+    elif overwrite:
+        raise UsageError("--overwrite needs --output: in the run's own folder a seed is always drawn anew.")
     from bootcli import ui
     from bootcli.pipelines.sample import sample as draw
 

@@ -59,7 +59,7 @@ def without_auto(teacher: Teacher, config: DistillConfig, engine: Engine) -> Dis
         boot=replace(config.boot, weight=weight),
         kd=stored(config.kd),
         replay=stored(config.replay),
-        corrector=config.objective == "freeflow" if config.corrector is None else config.corrector,
+        corrector=config.corrects,
     )
 
 

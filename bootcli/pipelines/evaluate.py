@@ -23,10 +23,10 @@ from bootcli.pipelines.guidance import teacher_view
 from bootcli.pipelines.refinement import refinement_starts
 from bootcli.pipelines.requests import check_negatives, condition_of, labels_of, prompts_of, sampling_scale, seed_of
 from bootcli.prompts import Prompts, read_prompts
-from bootcli.reference import OWN_STEPS, Reference, reference_for, write_reference
+from bootcli.reference import OWN_STEPS, Reference, features_for, reference_for, write_reference
 from bootcli.sampler import reference_times
 from bootcli.store.artifact import load_student
-from bootcli.store.files import write_json
+from bootcli.store.files import check_writable, write_json
 from bootcli.store.rundir import RunDir
 from bootcli.teachers.protocol import Teacher
 from bootcli.teachers.registry import load
@@ -106,6 +106,7 @@ def evaluate(
     t_max = _path_start(view, config) if "paired" in wanted else None
     cond_of = condition_of(teacher, config, prompts=texts, guidance_scale=scale)
     seeds = [range(seed + k * num_images, seed + (k + 1) * num_images) for k in range(repeats)]
+    labels = _labels(teacher, config, reference, texts, seeds) if "accuracy" in wanted else None
     against = None
     if wanted != ("paired",):
         own = partial(own_images, view, cond_of, seeds[0], batch_size, engine, progress)
@@ -123,7 +124,7 @@ def evaluate(
         reference=against,
         fid="fid" in wanted,
         manifold=_manifold(against, num_images) if against is not None and "pr" in wanted else None,
-        labels_of=_labels(teacher, config, against, texts) if against is not None and "accuracy" in wanted else None,
+        labels_of=labels,
         t_max=t_max,
         progress=progress,
     )
@@ -187,6 +188,8 @@ def _check_reference(
         raise UsageError(f"{save_reference}: statistics are kept in a .safetensors file.", "Change the file's ending.")
     if save_reference is not None and save_reference.exists():
         raise UsageError(f"{save_reference} is there already.", "Choose another name for --save-reference.")
+    if save_reference is not None:
+        check_writable(save_reference)
     if "pr" in metrics and num_images <= NEIGHBOURS:
         raise UsageError(f"--num-images {num_images}: precision and recall need more than {NEIGHBOURS} images.")
 
@@ -200,27 +203,33 @@ def _manifold(reference: Reference, num_images: int) -> Manifold:
 
 
 def _labels(
-    teacher: Teacher, config: DistillConfig, reference: Reference, prompts: Prompts | None
+    teacher: Teacher, config: DistillConfig, reference: str | None, prompts: Prompts | None, repeats: Sequence[range]
 ) -> Callable[[Sequence[int]], Tensor]:
-    """The class of each seed's image. Raises `UsageError` where there are none, or nothing tells them."""
-    kind = teacher.spec.conditioning
-    if kind == "none" or (kind == "text" and not reference.words):
+    """The class of each seed's image, -1 where it has none. Raises `UsageError` where a repeat has no image with one,
+    or nothing tells them: before anything is drawn."""
+    kind, space = teacher.spec.conditioning, features_for(teacher, reference)
+    if kind == "none" or (kind == "text" and space is not None and not space.words):
         raise UsageError(f"--metric accuracy: the teacher {config.teacher} has no classes.", "Leave this metric out.")
-    if reference.classes_of is None:
+    if space is None or space.classes_of is None:
+        features = "Inception" if space is None else space.name
         raise UsageError(
-            f"--metric accuracy: {reference.feature_space} features do not tell the teacher's classes.",
+            f"--metric accuracy: {features} features do not tell the teacher's classes.",
             "It takes the feature network of a teacher that brings a classifier.",
         )
     with torch.no_grad():
-        device = next(teacher.net.parameters()).device
-        told = reference.classes_of(torch.zeros(1, len(reference.statistics.mean), device=device)).shape[1]
-    has = len(reference.words) if kind == "text" else teacher.spec.num_classes
+        told = space.classes_of(torch.zeros(1, len(space.mean))).shape[1]
+    has = len(space.words) if kind == "text" else teacher.spec.num_classes
     if told != has:
         raise UsageError(
-            f"--metric accuracy: {reference.feature_space} tells {told} classes, the teacher has {has}.",
+            f"--metric accuracy: {space.name} tells {told} classes, the teacher has {has}.",
             "Leave this metric out.",
         )
-    return labels_of(teacher, config, reference.words, prompts)
+    labels = labels_of(teacher, config, space.words, prompts)
+    if not all((labels(seeds) >= 0).any() for seeds in repeats):
+        raise UsageError(
+            "--metric accuracy: no prompt names one class.", f"It takes one of these words: {', '.join(space.words)}"
+        )
+    return labels
 
 
 def _path_start(view: TeacherView, config: DistillConfig) -> float:

@@ -32,7 +32,6 @@ from bootcli.prompts import Prompt, Prompts
 from bootcli.sampler import SeedOf, reference_calls, student_images, teacher_images
 from bootcli.store.artifact import Artifact, load_student
 from bootcli.store.files import check_free
-from bootcli.store.rundir import RunDir
 from bootcli.teachers.registry import load
 
 GRID_SIDE = 4096
@@ -89,16 +88,17 @@ def sample(
 
     Image i depends on ``seed + i`` alone, whatever the batch size, and networks compute in float32. So a file of the
     default folder always means the same: what a request changes beside the seed gets a folder of its own below
-    ``RUN/samples/`` (``class-3/``, ``teacher-50-steps/``), and drawing a seed again writes its file again. A folder
-    that the caller names has to be empty, unless ``overwrite`` lets files of the same names be replaced. No file is
-    ever deleted. Where a prompt brings a seed of its own, the noise of its images is drawn from that; their metadata
-    says so.
+    ``RUN/samples/`` (``class-3/``, ``teacher-50-steps/``), and drawing a seed again writes its file again. (After the
+    run went on, that is another student's image: the metadata has its training steps.) A folder that the caller names
+    has to be empty, unless ``overwrite`` lets files of the same names be replaced. No file is ever deleted. Where a
+    prompt brings a seed of its own, the noise of its images is drawn from that; their metadata says so.
 
     Args:
         run: a run folder, its student folder or a student file.
         num_images: how many; None: one for each of ``prompts``, or `FEW`.
         seed: of the first image.
-        output: the folder; None is ``RUN/samples/``, for a student file outside a run ``samples/`` beside it.
+        output: the folder; None is ``RUN/samples/``, ``RUN/samples/best/`` for the best so far of a run that goes on,
+            and for a file ``mine.safetensors`` outside a run ``samples/mine/`` beside it.
         class_label: class of every image; None takes the classes of the run in turn, by the seed.
         prompts: that images take in turn, by the seed; None: those of the run. Negative ones are the teacher's alone.
         resolution: width and height in pixels, where the teacher allows it; None: those of the run.
@@ -132,7 +132,7 @@ def sample(
         artifact, seeds, class_label, prompts, guidance_scale, nfe, teacher_steps, batch_size, Engine(device, "no")
     )
     settings = _settings(class_label, prompts, resolution, guidance_scale, nfe, teacher_steps)
-    folder = output or RunDir(artifact.home).samples.joinpath(*settings)
+    folder = output or artifact.samples.joinpath(*settings)
     return _write(drawing, folder, seeds, progress)
 
 
@@ -143,6 +143,7 @@ class _Drawing:
     batches: Iterator[Tensor]
     nfe: int
     source: str
+    training_steps: int | None
     guidance_scale: float | None
     request: Callable[[int], dict[str, str]]
     seed_of: SeedOf
@@ -168,11 +169,11 @@ def _draw(
         student = artifact.student.to(engine.device)
         starts = refinement_starts(teacher, config, nfe)
         batches = student_images(student, cond_of, seeds, batch_size, engine, starts, seed)
-        return _Drawing(batches, nfe, "student", scale, request, seed)
+        return _Drawing(batches, nfe, "student", artifact.step, scale, request, seed)
     view = teacher_view(teacher, config, engine, guidance_scale=scale)
     batches = teacher_images(view, teacher_steps, cond_of, seeds, batch_size, engine, seed)
     source = f"teacher, {teacher_steps} step{'s' if teacher_steps > 1 else ''}"
-    return _Drawing(batches, reference_calls(view, teacher_steps), source, scale, request, seed)
+    return _Drawing(batches, reference_calls(view, teacher_steps), source, None, scale, request, seed)
 
 
 def _write(drawing: _Drawing, folder: Path, seeds: range, progress: Callable[[int, int], None] | None) -> Sampled:
@@ -190,7 +191,8 @@ def _write(drawing: _Drawing, folder: Path, seeds: range, progress: Callable[[in
                 tiles.append(image)
         if progress is not None:
             progress(len(files), len(seeds))
-    picture = enlarge(grid(torch.stack(tiles)), max(1, VISIBLE // tiles[0].shape[-1]))
+    picture = grid(torch.stack(tiles))
+    picture = enlarge(picture, max(1, min(VISIBLE // tiles[0].shape[-1], GRID_SIDE // max(picture.shape[-2:]))))
     save_png(picture, folder / GRID, _facts(drawing))
     total = time.perf_counter() - began
     return Sampled(
@@ -215,7 +217,8 @@ def _timed(batches: Iterator[Tensor]) -> Iterator[tuple[Tensor, float]]:
 
 def _facts(drawing: _Drawing) -> dict[str, str]:
     facts = {"Software": f"bootcli {__version__}", "source": drawing.source, "nfe": str(drawing.nfe)}
-    return facts if drawing.guidance_scale is None else facts | {"guidance_scale": str(drawing.guidance_scale)}
+    known = {"training_steps": drawing.training_steps, "guidance_scale": drawing.guidance_scale}
+    return facts | {name: str(value) for name, value in known.items() if value is not None}
 
 
 def _room(image: Tensor) -> int:

@@ -29,7 +29,29 @@ def resolve_config(
     other = {"guidance_range": "guidance_scale", "guidance_scale": "guidance_range"}
     dropped = {other[key] for key in named & other.keys()}
     recipe = {key: value for key, value in recipe.items() if key not in dropped}
-    return _whole_paths(resolve(flags, overrides, file, recipe))
+    config = resolve(flags, overrides, file, recipe)
+    for key, value in overrides.items():
+        _check_effect(config, key, value)
+    return _whole_paths(config)
+
+
+def _check_effect(config: DistillConfig, key: str, value: object) -> None:
+    """Raise `UsageError` for what ``--set`` says of a part that the run does not have. A config file, as ``--dry-run``
+    prints them, names those too; and to switch off what is not there does no harm."""
+    adversary = config.kd.adversary if config.objective == "kd" else config.replay.adversary
+    parts = {
+        **{name: (config.objective == name, f"--objective {name}") for name in ("boot", "freeflow", "kd")},
+        "correction": (config.corrects, "--corrector"),
+        "adversary": (adversary, f"--set {'kd' if config.objective == 'kd' else 'replay'}.adversary=0.5"),
+        "replay": (config.replay.share, "--set replay.share=0.25"),
+        "refiner": (config.refiner.share, "--set refiner.share=0.15"),
+    }
+    section, _, name = key.rpartition(".")
+    there, switch = parts.get(section, (True, ""))
+    if not there and not (name in ("share", "adversary") and not value):
+        raise UsageError(f"--set {key}: this run has no part that it belongs to.", f"Leave it out, or add {switch}.")
+    if key == "student.start_t" and config.init_from is not None:
+        raise UsageError(f"--set {key}: with --init-from the student starts as that one.", "Give one of them.")
 
 
 def resume_config(

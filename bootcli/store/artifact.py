@@ -52,10 +52,22 @@ class Artifact:
     lora: LoraWeights | None = None
 
     @property
+    def run(self) -> RunDir | None:
+        """The run that it is a student of; None for a file that lies elsewhere."""
+        path = self.path if len(self.path.parts) > 1 else self.path.absolute()  # inside the folder of the file
+        run = RunDir(path.parent.parent)
+        return run if path in (run.student, run.best) else None
+
+    @property
     def home(self) -> Path:
         """Where things made from it go: its run folder, or the folder of a file that lies outside a run."""
-        run = self.path.parent.parent
-        return run if self.path in (RunDir(run).student, RunDir(run).best) else self.path.parent
+        return self.path.parent if self.run is None else self.run.path
+
+    @property
+    def samples(self) -> Path:
+        """Where its images go, apart from those of other students with the same home."""
+        folder = RunDir(self.home).samples
+        return folder if self.path.name == RunDir(self.home).student.name else folder / self.path.stem
 
 
 def save_student(
@@ -111,8 +123,10 @@ def load_student(run: Path) -> Artifact:
     tensors, header = read_tensors(path)
     if "balance" in header:
         raise BootError(f"{path} is a training state, not a student.", "Name its run folder.")
-    if header.get("format") != FORMAT:
-        raise BootError(f"{path} has format {header.get('format')}; this version reads {FORMAT}.", "Update bootcli.")
+    if "format" not in header:
+        raise BootError(f"{path} is no student: an export, or something else.", "Name a run folder.")
+    if header["format"] != FORMAT:
+        raise BootError(f"{path} has format {header['format']}; this version reads {FORMAT}.", "Update bootcli.")
     try:
         family = str(header["family"])
         config = from_other_version(cast(Mapping[str, object], header["config"]))
@@ -137,7 +151,7 @@ def load_student(run: Path) -> Artifact:
     student = student.eval().requires_grad_(False).to(torch.device("cpu"))
     artifact = Artifact(student, config, family, step, path, lora)
     kept = RunDir(artifact.home).prompts
-    if not kept.is_file() and config.prompts != STDIN:  # standard input is not read again
+    if config.prompts != STDIN and not (artifact.run and kept.is_file()):  # standard input is not read again
         return artifact
     return dataclasses.replace(artifact, config=dataclasses.replace(config, prompts=str(kept)))
 

@@ -46,12 +46,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary.chmod(0o777 & ~_MASK)
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=TEMPORARY))
-            path.replace(old / path.name)  # not onto it: Windows replaces no folder, not even an empty one
             try:
-                temporary.replace(path)
-            except BaseException:
-                (old / path.name).replace(path)
-                raise
+                path.replace(old / path.name)  # not onto it: Windows replaces no folder, not even an empty one
+                try:
+                    temporary.replace(path)
+                except BaseException:
+                    (old / path.name).replace(path)
+                    raise
             finally:
                 shutil.rmtree(old)
         else:
@@ -83,6 +84,13 @@ def read_json(path: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise BootError(f"{path} is not a JSON object.", "The file is damaged; start from a fresh copy.")
     return value
+
+
+def check_writable(path: Path) -> None:
+    """Raise `OSError` where no file can be made at ``path``, before what goes into it is worked out."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def check_free(folder: Path, *, overwrite: bool, mark: str | None = None, ours: Sequence[str] = ()) -> None:

@@ -145,6 +145,7 @@ def load_feature_space(folder: Path) -> FeatureSpace:
             features=load_manifold(folder),
             classes_of=network.classes_of,
             words=tuple(str(word) for word in config.get("words", ())),
+            size=(network.size, network.size),
         )
     except (OSError, SafetensorError, RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise BootError(

@@ -113,6 +113,7 @@ class FeatureSpace:
         classes_of: (b, d) features -> (b, num_classes) logits, where the network is a classifier of the teacher's
             classes; None: it is none, and the accuracy of samples is not known.
         words: what a prompt calls each of these classes, where the teacher reads prompts.
+        size: height and width of the images that the network reads; None: of any.
     """
 
     name: str
@@ -125,6 +126,7 @@ class FeatureSpace:
     features: Tensor | None = None
     classes_of: Callable[[Tensor], Tensor] | None = None
     words: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -313,7 +315,10 @@ class Teacher(ABC):
         return {}
 
     def feature_space(self) -> FeatureSpace | None:
-        """A feature network of the teacher's own domain, or None: then FID means Inception."""
+        """A feature network of the teacher's own domain, or None: then FID means Inception.
+
+        Of a teacher that draws other sizes (`use_resolution`): one that reads images of the size it draws.
+        """
         return None
 
     def save(self, path: Path) -> None:

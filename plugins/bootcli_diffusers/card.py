@@ -17,6 +17,7 @@ def card_of(path: Path) -> dict[str, str]:
         metadata = metadata_load(path / "README.md") if (path / "README.md").is_file() else None
     except (OSError, ValueError, RecursionError, YAMLError):  # unreadable, not UTF-8 or no table, too deep, not YAML
         metadata = None
-    card = {"licence": str(metadata["license"])} if metadata and metadata.get("license") else {}
+    licence = metadata.get("license") if metadata else None
+    card = {"licence": licence} if isinstance(licence, str) and licence else {}
     hub = next((match for part in path.absolute().parts if (match := _HUB_CACHE.fullmatch(part))), None)
     return card | ({"source": f"{hub[1]}/{hub[2]}"} if hub else {})

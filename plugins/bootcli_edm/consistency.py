@@ -44,6 +44,9 @@ def read(path: Path) -> Stored:
 
 
 def _renamed(tensors: Mapping[str, Tensor]) -> Stored:
+    for name, tensor in tensors.items():  # before any is copied
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{name} is more numbers than it holds")
     ups = [
         name
         for name in tensors

@@ -224,7 +224,7 @@ class _Machine:
             raise Refused("it names a class by something that is no text")
         found = Name(module, name)
         if not self.allowed(found):
-            raise Refused(f"it asks for {shown(found)!r}, which is none of what such a file needs")
+            raise Refused(f"it asks for {shown(str(found))!r}, which is none of what such a file needs")
         self.stack.append(found)
 
     def _call(self, what: object, arguments: object) -> None:

@@ -80,6 +80,8 @@ def read_layout(path: Path) -> Layout:
     encoders = tuple((path / encoder, path / tokenizer) for encoder, tokenizer in pairs if encoder in parts)
     if not encoders:
         raise BootError(f"{path / _INDEX} names no text encoder.", "The sd family runs text-to-image models.")
+    if missing := [folder.name for pair in encoders for folder in pair if not folder.is_dir()]:
+        raise BootError(f"{path} lacks {', '.join(missing)}.", "Download the teacher again, as a whole.")
     vae = read_json(path / "vae" / "config.json")
     if vae.get("_class_name") != AUTOENCODER:
         raise BootError(

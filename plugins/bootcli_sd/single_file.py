@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).with_name("configs")
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _ATTENTION = f"{_UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 _XL = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
-_FIRST = f"{_UNET}input_blocks.0.0.weight"
+_FIRST, _LABELS = f"{_UNET}input_blocks.0.0.weight", f"{_UNET}label_emb.0.0.weight"
 _TELLTALE = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _SPREAD_OF_V = 0.09
 """Standard deviation of that bias above which a Stable Diffusion 2 predicts v; the border that ComfyUI goes by."""
@@ -194,6 +194,11 @@ def kind_of(shapes: Mapping[str, list[int]], metadata: Mapping[str, str], spread
     if _XL in shapes:
         return f"sdxl{marks}"
     width = shapes.get(_ATTENTION, [0])[-1]
+    if _LABELS in shapes:
+        raise BootError(
+            f"{name} is conditioned on more than text (an unCLIP model, on images).",
+            "The sd family runs text-to-image models.",
+        )
     if width == WIDTHS["sd2"]:
         v = says_v or (not said and spread > _SPREAD_OF_V)
         return f"sd2{marks.replace(':v', '')}" if v else "sd2-base"

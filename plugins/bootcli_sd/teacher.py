@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from bootcli_diffusers.card import card_of
 from bootcli_diffusers.lora import targets_of
@@ -79,9 +81,14 @@ class SDTeacher(Teacher):
                 "The network's configuration does not say its sample_size.",
                 "Add it to unet/config.json: 64 for SD 1.5.",
             )
-        height, width = (side, side) if isinstance(side, int) else side
+        sides = (side, side) if isinstance(side, int) else side
+        if not (isinstance(sides, Sequence) and len(sides) == 2 and all(isinstance(s, int) and s > 0 for s in sides)):
+            raise BootError(
+                f"The network's configuration has sample_size {side!r}.",
+                "Set it to the side of its latents, or to [height, width], in unet/config.json.",
+            )
         self.spec = TeacherSpec(
-            sample_shape=(int(net.config.in_channels), int(height), int(width)),
+            sample_shape=(int(net.config.in_channels), *sides),
             prediction=process.prediction,
             schedule=process.table,
             conditioning="text",
@@ -118,7 +125,7 @@ class SDTeacher(Teacher):
     @property
     def pixels(self) -> int:
         """Pixels of a side for each latent of a side."""
-        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
+        return int(2 ** (len(self.vae_config.get("block_out_channels", (64,))) - 1))  # diffusers' default
 
     def condition(self, requests: Sequence[int | str | None]) -> Cond:
         """Text embeddings as ``{"text": (b, tokens, width)}``, for SDXL ``pooled`` too; None is the empty prompt."""
@@ -288,9 +295,13 @@ class SDTeacher(Teacher):
         return {"lora": LoraExporter(write_lora, Path(__file__).with_name("check_lora.py"), base)}
 
     def feature_space(self) -> FeatureSpace | None:
-        """That of the folder's ``features``, if it has one; see `Teacher.feature_space`."""
+        """That of the folder's ``features``, if it has one for images of this size; see `Teacher.feature_space`."""
         folder = self.home / FEATURES
-        return load_feature_space(folder) if folder.is_dir() else None
+        if not folder.is_dir():
+            return None
+        _, height, width = self.spec.sample_shape
+        space = load_feature_space(folder)
+        return space if space.size == (self.pixels * height, self.pixels * width) else None
 
     def describe(self) -> dict[str, str]:
         """See `Teacher.describe`."""
@@ -344,6 +355,7 @@ def load(path: Path) -> SDTeacher:
     process = read_process(layout.scheduler)
     net = _from_folder(UNet2DConditionModel, path / "unet")
     _check_network(net.config, layout)
+    _update(net)
     return SDTeacher(net, process, layout.vae, path.absolute(), card_of(path))
 
 
@@ -375,6 +387,16 @@ def _from_folder(kind: Any, folder: Path) -> Any:
         ) from None
     check_whole(folder, told["missing_keys"])
     return network
+
+
+def _update(net: UNet2DConditionModel) -> None:
+    """Have a configuration of before diffusers 0.9 say what diffusers' pipelines read in it: they take a sample_size
+    below 64 for a mistake of the scripts of that time, also where it is the one that a user chose."""
+    version = str(net.config.get("_diffusers_version", diffusers.__version__))
+    side = net.config.sample_size
+    if [int(part) for part in re.findall(r"\d+", version)[:2]] < [0, 9]:
+        net.register_to_config(sample_size=max(side, 64) if isinstance(side, int) else side)
+        net.register_to_config(_diffusers_version=diffusers.__version__)
 
 
 def _check_network(config: Any, layout: Layout) -> None:

@@ -57,6 +57,8 @@ WRONG = {
     "sample missing": "There is no run missing",
     "sample full --output full": "full is not empty",
     "sample -n 0": "--num-images",
+    "sample run --overwrite": "--overwrite needs --output",
+    "distill --set kd.solver=dpm": "Setting kd.solver = 'dpm': input should be 'euler'",
     "sample run --prompt caf\udce9": "--prompt holds what is no character",
     "sample run --prompts ~nobody123/x": "Cannot read prompts from ~nobody123/x: there is no such file",
     "evaluate --teacher-steps 4,0": "at least 1 step",
@@ -186,6 +188,17 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     process.wait()
     process.stderr.close()
     assert said == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_full_disk_behind_stdout_is_one_message() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "bootcli", "teachers", "--json"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_nobody_reads_what_went_wrong() -> None:

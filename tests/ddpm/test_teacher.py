@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,9 @@ def test_description_and_card(make_folder: MakeFolder) -> None:
     assert facts["schedule"] == "linear betas, 1000 timesteps"
     assert facts["range of x_0"] == "clipped to [-1, 1]"
     assert facts["architecture"].startswith("UNet2DModel, ")
-    for junk in (b"---\n{ license: [\n---\n", b"---\n- a\n---\n", b"\xff\xfe", b""):
+    endless = "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghijklmn"))
+    many = f"---\na: &a [x]\n{endless}license: *n\n---\n".encode()  # 9^13 of them
+    for junk in (b"---\n{ license: [\n---\n", b"---\n- a\n---\n", b"\xff\xfe", b"", many):
         (folder / "README.md").write_bytes(junk)
         assert "licence" not in family.load(folder).describe()
 

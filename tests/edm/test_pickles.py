@@ -19,7 +19,7 @@ import torch
 from bootcli_edm.architecture import Architecture
 from bootcli_edm.opcodes import Built, Meter, Name, read_pickle
 from bootcli_edm.persistence import check, is_allowed, read_checkpoint
-from bootcli_edm.refusal import Refused
+from bootcli_edm.refusal import Refused, shown
 from bootcli_edm.storages import Storage, read_storage, view_of
 from bootcli_edm.teacher import EDMTeacher, load
 from edm_pickle import EasyDict, Persistent, Pickler, named_as_there
@@ -367,6 +367,16 @@ def test_nests_of_any_depth_are_no_trouble() -> None:
     assert isinstance(read(deep), tuple)
     with pytest.raises(Refused, match="of type tuple"):
         read(b"\x80\x04})" + b"\x85" * 200_000 + b"K\x01s.")
+
+
+def test_a_nest_without_end_is_not_written_out() -> None:
+    """The same value twice, and that pair twice, and so on: a few bytes hold 2^60 values."""
+    nest = b")" + b"2\x86" * 60
+    with pytest.raises(Refused, match="which is no number"):
+        read(b"\x80\x04cnumpy.core.multiarray\nscalar\n" + b"cnumpy\ndtype\n" + nest + b"\x85RK\x01\x86R.")
+    assert shown([read(b"\x80\x04" + nest + b".")]) == "list"
+    assert shown(10**5000) == "int"
+    assert shown([1, "two"]) == "[1, 'two']"
 
 
 def test_keys_chosen_to_collide_are_refused() -> None:

@@ -24,6 +24,7 @@ from bootcli import reference as references
 from bootcli.errors import BootError, UsageError
 from bootcli.evaluate import Inception, folder_images, frechet, statistics_of
 from bootcli.images import save_png
+from bootcli.pipelines.evaluate import evaluate
 from bootcli.plugin import FeatureSpace, Teacher
 from bootcli.reference import Reference, reference_for, write_reference
 from bootcli.store.tensors import read_tensors, write_tensors
@@ -46,6 +47,12 @@ def test_a_teacher_without_a_feature_space_needs_a_reference(tiny_teacher: Teach
         with pytest.raises(UsageError, match=match) as caught:
             reference_for(tiny_teacher, words, CPU)
         assert "inception-clean:PATH" in caught.value.hint
+
+
+def test_where_no_reference_can_be_kept_nothing_is_drawn(tmp_path: Path) -> None:
+    (tmp_path / "a.file").write_text("")
+    with pytest.raises(OSError, match=r"a\.file"):
+        evaluate(tmp_path / "no run", save_reference=tmp_path / "a.file" / "kept.safetensors")
 
 
 def test_a_folder_is_read_in_the_teachers_own_features(teacher: Teacher, pictures: tuple[Path, Tensor]) -> None:

@@ -200,6 +200,7 @@ def test_a_student_finds_its_teacher_of_the_hub_in_another_cache(
         ("unet/config.json", {"_class_name": "UNet2DModel"}, "holds a network of class 'UNet2DModel'"),
         ("unet/config.json", {"in_channels": 9}, "cannot be loaded"),
         ("unet/config.json", {"sample_size": None}, "does not say its sample_size"),
+        ("unet/config.json", {"sample_size": [64]}, r"has sample_size \[64\]"),
         ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "an autoencoder of class 'AutoencoderTiny'"),
         ("vae/config.json", {"latent_channels": 16}, "its autoencoder knows 16"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "wild"}, "scheduler"),
@@ -215,6 +216,39 @@ def test_what_is_no_such_teacher_is_refused(
     (folder / part).write_text(json.dumps(content | change))
     with pytest.raises(BootError, match=message):
         load(folder)
+
+
+def test_a_folder_without_its_tokenizer_is_not_whole(make_folder: MakeFolder) -> None:
+    folder = make_folder()
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(BootError, match=r"tiny-sd lacks tokenizer\."):
+        load(folder)
+
+
+def test_an_old_configuration_is_read_as_diffusers_reads_it(make_folder: MakeFolder) -> None:
+    """Before 0.9 a sample_size below 64 was a mistake; one that is chosen here is none."""
+    folder = make_folder()
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_diffusers_version": "0.6.0", "sample_size": 32}))
+    with pytest.warns(FutureWarning, match="sample_size"):
+        theirs = StableDiffusionPipeline.from_pretrained(folder)
+    teacher = load(folder)
+    assert teacher.spec.sample_shape[1:] == (theirs.unet.config.sample_size,) * 2 == (64, 64)
+    teacher.use_resolution(16, 16)
+    again = StableDiffusionPipeline.from_pretrained(folder, unet=teacher.net)
+    assert again.unet.config.sample_size == teacher.spec.sample_shape[1] == 8
+
+
+def test_features_are_those_of_the_size_that_is_drawn(make_folder: MakeFolder) -> None:
+    folder = make_folder()
+    (folder / "features").mkdir()
+    (folder / "features" / "config.json").write_text('{"same_as": "fashion-colour-cnn-64"}')
+    teacher = load(folder)
+    assert teacher.feature_space() is None
+    teacher.use_resolution(32, 32)
+    assert teacher.feature_space() is not None
+    teacher.use_resolution(64, 16)
+    assert teacher.feature_space() is None
 
 
 def test_a_broken_file_is_one_message(make_folder: MakeFolder) -> None:
