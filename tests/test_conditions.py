@@ -143,6 +143,17 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pyt
     assert "XDG_CACHE_HOME" in error.value.hint
 
 
+def test_a_cache_of_another_user_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Embeddings, path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    of(Words()).rows(index(1))
+    monkeypatch.setattr(Embeddings, "_open", denied)
+    with pytest.raises(BootError, match=r"cannot be kept in .*safetensors: Permission denied") as error:
+        of(Words())
+    assert "XDG_CACHE_HOME" in error.value.hint
+
+
 @pytest.mark.parametrize("damage", ["cut", "header", "other", "empty"])
 def test_a_damaged_file_is_made_again(damage: str) -> None:
     ours = of(Words())

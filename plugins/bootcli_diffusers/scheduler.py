@@ -26,6 +26,8 @@ _OF_STUDENTS = frozenset({"LCMScheduler", "TCDScheduler"})
 _PREDICTIONS: dict[str, PredictionType] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _ELSEWHERE: dict[str, tuple[object, ...]] = {"timestep_type": ("continuous",), "use_flow_sigmas": (True,)}
 """Options under which the network of one of these sees other noise or other times."""
+_MOST_TIMESTEPS = 100_000
+"""More than any model has; a table of what a file asks for is made before anything else is known of it."""
 _DDIM_BETAS = frozenset({"linear", "scaled_linear", "squaredcos_cap_v2"})
 
 
@@ -94,6 +96,7 @@ def read_process(config: Mapping[str, Any]) -> Process:
             f"Those that are, in timesteps of DDPM: {', '.join(sorted(_CLASSES))}.",
         )
     kind = getattr(diffusers, name)
+    _check_length(config)
     try:
         # The named class fills in its own defaults (Heun's betas, for one, are not DDIM's), but is told of the forward
         # process alone: how it samples does not matter, and may be an option of another version.
@@ -114,6 +117,7 @@ def process_of(config: Mapping[str, Any]) -> Process:
             f"The scheduler's prediction_type is {config['prediction_type']!r}.",
             f"Known are {', '.join(_PREDICTIONS)}.",
         )
+    _check_length(config)
     try:
         alphas_cumprod = DDIMScheduler(**config).alphas_cumprod
         threshold = _threshold(config)
@@ -130,6 +134,14 @@ def _as_ddim(own: Mapping[str, Any], betas: Tensor) -> dict[str, Any]:
         # DDPMScheduler knows more schedules than DDIMScheduler: hand over the betas themselves.
         config |= {"trained_betas": betas.tolist(), "beta_schedule": "linear", "rescale_betas_zero_snr": False}
     return config
+
+
+def _check_length(config: Mapping[str, Any]) -> None:
+    count = config.get("num_train_timesteps")
+    if isinstance(count, int | float) and count > _MOST_TIMESTEPS:
+        raise BootError(
+            f"The scheduler has {count} timesteps.", f"bootcli reads tables of {_MOST_TIMESTEPS:,} at most."
+        )
 
 
 def _check_table(alphas_cumprod: Tensor, config: Mapping[str, Any], prediction: PredictionType) -> None:

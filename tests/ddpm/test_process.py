@@ -137,6 +137,7 @@ def test_zero_terminal_snr_needs_a_prediction_that_survives_it() -> None:
         ({"beta_start": "a"}, "not valid"),
         ({"num_train_timesteps": -1}, "not valid|falling"),
         ({"num_train_timesteps": None}, "not valid"),
+        ({"num_train_timesteps": 10**12}, "has 1000000000000 timesteps"),
         ({"trained_betas": [0.1, 0.2]}, "2 trained_betas for 1000"),
         ({"trained_betas": [0.1, float("nan")], "num_train_timesteps": 2}, "falling"),
         ({"trained_betas": [0.1, -3.0], "num_train_timesteps": 2}, "falling"),
