@@ -15,6 +15,8 @@ from bootcli.store.files import atomic_file
 
 GRID = "grid.png"
 """The file that shows the others of a folder."""
+GAP = 1
+"""Pixels between its images."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -28,7 +30,7 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
-def grid(images: Tensor, columns: int | None = None, gap: int = 1) -> Tensor:
+def grid(images: Tensor, columns: int | None = None, gap: int = GAP) -> Tensor:
     """Tile uint8 images (n, c, h, w) row by row on white: (c, H, W)."""
     n, c, h, w = images.shape
     columns = columns or math.ceil(math.sqrt(n))

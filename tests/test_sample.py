@@ -122,8 +122,10 @@ def test_a_grid_of_many_is_no_larger_than_viewers_open(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bootcli.pipelines.sample.GRID_SIDE", 64)
-    drawn = sample(tiny_run, num_images=36, output=tmp_path / "out")
-    assert max(pixels(drawn.grid).shape) <= 64
+    for name, count in (("some", 30), ("many", 80)):  # seven by seven of 8x8 pixels, and the lines between
+        drawn = sample(tiny_run, num_images=count, output=tmp_path / name)
+        assert max(pixels(drawn.grid).shape) <= 64
+        assert len(drawn.files) == count
 
 
 def test_a_named_folder_is_not_written_over_unasked(tiny_run: Path, tmp_path: Path) -> None:

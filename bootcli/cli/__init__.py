@@ -68,6 +68,10 @@ def main() -> None:
             sys.stdout.flush()
         except BrokenPipeError:
             _hush()
+        except OSError as error:  # a full disk: said before, where a command ends with that
+            _hush()
+            if getattr(error.__context__, "code", None) in (None, 0):
+                fail(error)
 
 
 def _open_streams() -> None:
@@ -81,5 +85,5 @@ def _open_streams() -> None:
 
 
 def _hush() -> None:
-    """The reader of our output went away, as in ``bootcli teachers | head``: no more output, no complaint."""
+    """Our output leads nowhere any more, as in ``bootcli teachers | head``: no more of it, no complaint."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bootcli.cli.common import print_json
+from bootcli.cli.common import print_json, to_toml
 from bootcli.cli.options import JsonOption, at_home, examples
 from bootcli.errors import UsageError
 
@@ -96,7 +96,7 @@ def _show(name: str, convert: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(facts)
     else:
-        recipe = "\n".join(f"{key} = {value}" for key, value in loaded.teacher.recipe().items())
+        recipe = to_toml(loaded.teacher.recipe(), comments={})
         told = {label: value for label, value in facts.items() if value or label == "terminal_snr"}  # which may be 0
         known = {label.replace("_", " "): value for label, value in told.items() if label != "details"}
         ui.print_facts({**known, **loaded.teacher.describe(), "recipe": recipe or "bootcli's defaults"})

@@ -19,6 +19,7 @@ from bootcli.memory import TIGHT, Need, Switch, main_memory, need_of, switches
 from bootcli.objectives.kd import FIRST_BATCHES
 from bootcli.pipelines.defaults import without_auto
 from bootcli.pipelines.distill import Session
+from bootcli.pipelines.guidance import be_as_configured
 from bootcli.pipelines.setup import facts_of, set_up
 from bootcli.store.rundir import RunDir
 from bootcli.teachers.registry import load
@@ -65,8 +66,7 @@ def dry_run(config: DistillConfig) -> Estimate:
     engine = Engine(config.device, config.mixed_precision)
     loaded = load(config.teacher)
     teacher, device = loaded.teacher, engine.device
-    if config.resolution is not None:
-        teacher.use_resolution(*config.resolution)  # how many paths fit depends on it
+    be_as_configured(teacher, config)  # how many paths fit depends on it
     resolved = without_auto(teacher, config, engine)
     facts = {"teacher": f"{config.teacher} ({loaded.origin})", "device": str(device)}
     need, judge, cost, measured = need_of(teacher, resolved, device), None, None, None

@@ -12,6 +12,16 @@ from bootcli.teachers.protocol import Cond, Teacher
 from bootcli.teachers.view import TeacherView
 
 
+def be_as_configured(teacher: Teacher, config: DistillConfig) -> None:
+    """Have the teacher tell time and draw sizes as the run does, before it is asked for what depends on them.
+
+    Raises `UsageError` where it draws one size.
+    """
+    teacher.use_clock(config.clock)
+    if config.resolution is not None:
+        teacher.use_resolution(*config.resolution)
+
+
 def teacher_view(
     teacher: Teacher,
     config: DistillConfig,
@@ -30,9 +40,7 @@ def teacher_view(
         negative: what guidance leads away from, where that is known; None: the teacher is asked.
     """
     teacher.net.requires_grad_(False).eval().to(engine.device)
-    teacher.use_clock(config.clock)
-    if config.resolution is not None:
-        teacher.use_resolution(*config.resolution)
+    be_as_configured(teacher, config)
     if config.negative_prompt is not None and teacher.spec.conditioning != "text":
         raise UsageError(f"--negative-prompt: the teacher {config.teacher} takes no prompts.")
     if not config.guided:

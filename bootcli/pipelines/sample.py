@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import time
 import zlib
@@ -17,7 +18,7 @@ from bootcli import __version__
 from bootcli.config import Device
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
-from bootcli.images import GRID, enlarge, grid, save_png
+from bootcli.images import GAP, GRID, enlarge, grid, save_png
 from bootcli.pipelines.guidance import teacher_view
 from bootcli.pipelines.refinement import refinement_starts
 from bootcli.pipelines.requests import (
@@ -187,11 +188,13 @@ def _write(drawing: _Drawing, folder: Path, seeds: range, progress: Callable[[in
             files.append(folder / f"{seed:06d}.png")
             asked = {"seed": str(drawing.seed_of(seed)), **drawing.request(seed)}
             save_png(image, files[-1], _facts(drawing) | asked)
-            if len(tiles) < _room(image):
+            if len(tiles) < math.prod(_room(image)):
                 tiles.append(image)
         if progress is not None:
             progress(len(files), len(seeds))
-    picture = grid(torch.stack(tiles))
+    columns, rows = _room(tiles[0])
+    square = math.ceil(math.sqrt(len(tiles)))
+    picture = grid(torch.stack(tiles), columns=min(columns, max(square, math.ceil(len(tiles) / rows))))
     picture = enlarge(picture, max(1, min(VISIBLE // tiles[0].shape[-1], GRID_SIDE // max(picture.shape[-2:]))))
     save_png(picture, folder / GRID, _facts(drawing))
     total = time.perf_counter() - began
@@ -221,10 +224,10 @@ def _facts(drawing: _Drawing) -> dict[str, str]:
     return facts | {name: str(value) for name, value in known.items() if value is not None}
 
 
-def _room(image: Tensor) -> int:
-    """How many images of this size a grid holds."""
+def _room(image: Tensor) -> tuple[int, int]:
+    """How many images of this size a grid holds side by side, and one above the other."""
     _, height, width = image.shape
-    return max(1, GRID_SIDE // height) * max(1, GRID_SIDE // width)
+    return max(1, (GRID_SIDE - GAP) // (width + GAP)), max(1, (GRID_SIDE - GAP) // (height + GAP))
 
 
 def _settings(

@@ -23,7 +23,7 @@ from bootcli.objectives.freeflow import FreeFlow
 from bootcli.objectives.kd import KD
 from bootcli.objectives.refiner import Refiner
 from bootcli.pipelines.defaults import start_time, without_auto
-from bootcli.pipelines.guidance import guidance_of, teacher_view
+from bootcli.pipelines.guidance import be_as_configured, guidance_of, teacher_view
 from bootcli.pipelines.networks import adversary_beside, check_lora, check_memory, make_networks, try_half
 from bootcli.pipelines.refinement import refiner_times
 from bootcli.pipelines.requests import (
@@ -82,6 +82,7 @@ def set_up(
         fresh: give the student its starting point; False where a checkpoint will replace it.
         prompts: of a text teacher; None: those that the configuration names.
     """
+    be_as_configured(teacher, config)
     if config.watch.patience and not (config.watch.every and (config.watch.reference or teacher.feature_space())):
         raise UsageError("watch.patience counts scores.", "Set watch.every and watch.reference, or leave it out.")
     if config.watch.every and config.watch.reference is not None:

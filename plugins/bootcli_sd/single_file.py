@@ -194,12 +194,12 @@ def kind_of(shapes: Mapping[str, list[int]], metadata: Mapping[str, str], spread
     if _XL in shapes:
         return f"sdxl{marks}"
     width = shapes.get(_ATTENTION, [0])[-1]
-    if _LABELS in shapes:
-        raise BootError(
-            f"{name} is conditioned on more than text (an unCLIP model, on images).",
-            "The sd family runs text-to-image models.",
-        )
     if width == WIDTHS["sd2"]:
+        if _LABELS in shapes:
+            raise BootError(
+                f"{name} is conditioned on more than text (an unCLIP model, on images).",
+                "The sd family runs text-to-image models.",
+            )
         v = says_v or (not said and spread > _SPREAD_OF_V)
         return f"sd2{marks.replace(':v', '')}" if v else "sd2-base"
     if width == WIDTHS["sd1"]:

@@ -14,7 +14,7 @@ import pytest
 
 from bootcli import cli as command_line
 from bootcli.cli.common import fail, integers, print_json, to_toml
-from bootcli.config import DistillConfig, read_overrides, to_dict
+from bootcli.config import DistillConfig, read_file, read_overrides, to_dict
 from bootcli.errors import BootError, Interrupted, UsageError
 
 from .conftest import Cli, Done, environment, processor_seconds
@@ -191,13 +191,15 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
-def test_a_full_disk_behind_stdout_is_one_message() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_stdout_is_one_message(unbuffered: str) -> None:
+    env = environment(PYTHONUNBUFFERED=unbuffered)
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "bootcli", "teachers", "--json"], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "bootcli", "--version"], env=env, stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode == 1
-    assert "No space left on device" in done.stderr
+    assert done.stderr.count("No space left on device") == 1
     assert "Traceback" not in done.stderr
 
 
@@ -264,6 +266,12 @@ def test_integers() -> None:
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"a": float("nan"), "b": [float("inf"), Path("c")], "d": (1,)})
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, "c"], "d": [1]}
+
+
+def test_a_recipe_that_is_shown_is_a_config_file(tmp_path: Path) -> None:
+    recipe = {"objective": "kd", "optimizer.decay": "inverse-sqrt", "kd.adversary": 0.5, "guidance.interval": [0, 0.75]}
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe, comments={}))
+    assert read_file(tmp_path / "recipe.toml") == recipe
 
 
 def test_settings_survive_a_config_file(tmp_path: Path) -> None:

@@ -231,6 +231,18 @@ def test_a_dry_run_stores_as_many_paths_as_the_run(
     assert dry_run(config).config["kd"]["buffer"] == stored.kd.buffer  # type: ignore[index]
 
 
+def test_features_of_another_size_are_no_reference(make_folder: MakeFolder, tmp_path: Path) -> None:
+    """Known before the first update, not at the first score."""
+    folder, prompts = make_folder(), write(tmp_path / "prompts.txt", "a shoe")
+    (folder / "features").mkdir()
+    (folder / "features" / "config.json").write_text('{"same_as": "fashion-colour-cnn-64"}')
+    words = {"teacher": str(folder), "prompts": str(prompts), "steps": 1, "device": "cpu"}
+    for more in ({"watch.patience": 3}, {"watch.reference": "teacher"}):
+        config = resolve_config(words | more | {"resolution": (64, 64), "watch.every": 1}, {}, {})
+        with pytest.raises(UsageError, match=r"watch\.(patience|reference)"):
+            list(distill(config, tmp_path / "run"))
+
+
 def test_seeds_of_prompts(make_folder: MakeFolder, tmp_path: Path) -> None:
     """Wherever prompts take turns, the image of one with a seed comes from that; the others from their own."""
     lines = ['{"prompt": "a shoe", "seed": 5}', '{"prompt": "a coat"}']
