@@ -23,7 +23,6 @@ class Row:
     objective: str
     minutes: float
     nfe: int
-    old_paths: bool
     cells: Sequence[dict[str, Any]]
 
     def values(self, key: str) -> list[float]:
@@ -39,14 +38,13 @@ class Row:
 
 
 def rows_of(cells: Sequence[dict[str, Any]], order: Sequence[str]) -> list[Row]:
-    """The students' cells, grouped; objectives in their order, those of older paths before newer ones."""
-    groups: dict[tuple[str, float, int, bool], list[dict[str, Any]]] = {}
+    """The students' cells, grouped; objectives in their order."""
+    groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
     for cell in cells:
         if "objective" in cell:
             for row in cell["student"]:
-                key = (cell["objective"], cell["minutes"], row["nfe"], has_old_paths(cell))
-                groups.setdefault(key, []).append(cell)
-    return [Row(*key, groups[key]) for key in sorted(groups, key=lambda k: (order.index(k[0]), k[1], k[2], not k[3]))]
+                groups.setdefault((cell["objective"], cell["minutes"], row["nfe"]), []).append(cell)
+    return [Row(*key, groups[key]) for key in sorted(groups, key=lambda k: (order.index(k[0]), *k[1:]))]
 
 
 COLUMNS = {
@@ -84,7 +82,6 @@ def page(folder: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) -> 
     for row in rows_of(cells, order):
         updates = round(fmean(cell["updates"] for cell in row.cells))
         marks = " *" if any(cell.get("paced") for cell in row.cells) else ""
-        marks += " †" if row.old_paths else ""
         numbers = [row.text(key, COLUMNS[key][1]) for key in columns]
         lines.append(
             f"| {row.objective} | {row.minutes:g} min{marks} | {updates:,} | {row.nfe} | {' | '.join(numbers)} | "
@@ -103,12 +100,6 @@ def page(folder: str, cells: Sequence[dict[str, Any]], order: Sequence[str]) -> 
 def at_scale(cell: dict[str, Any]) -> str:
     """What the title says of a guidance scale that is not the recipe's."""
     return f" at guidance scale {cell['guidance_scale']:g}" if "guidance_scale" in cell else ""
-
-
-def has_old_paths(cell: dict[str, Any]) -> bool:
-    """Whether it learned from teacher paths of equal steps, taken once: before `kd.step_power`."""
-    settings = cell["settings"]
-    return settings["objective"] == "kd" and "kd.step_power" not in settings
 
 
 def trained_on(cells: Sequence[dict[str, Any]]) -> str:
@@ -171,8 +162,7 @@ def save_curves(cells: Sequence[dict[str, Any]], order: Sequence[str], folder: P
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    newest = {(row.objective, row.minutes, row.nfe): row for row in rows_of(cells, order)}
-    rows, measure = list(newest.values()), measure_of(cells)
+    rows, measure = rows_of(cells, order), measure_of(cells)
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
     of_teachers = (
         ("ddim", "teacher, DDIM", "k-o"),
@@ -239,8 +229,7 @@ def write_page(folder: Path, order: Sequence[str]) -> None:
         "far from real images, and a student that is near them is too. Minutes are of training alone. Seed 0 is timed",
         "on the machine named; other seeds make as many updates, some on a GPU; ± is the standard deviation over them.",
         "A number that one of them lacks is left out. At a * nothing was timed: updates are in proportion to those of",
-        "a shorter time of the run, or of an earlier run. At a † the teacher's paths were those before",
-        "`kd.step_power`.", "",
+        "a shorter time of the run, or of an earlier run.", "",
     ]  # fmt: skip
     for teacher, cells in cells_of.items():
         save_curves(cells, order, teacher)

@@ -13,7 +13,7 @@ import benchmark
 import benchmark_page
 import pytest
 from benchmark import Bench, lever_cells, refuse_other, student_cells, teacher_cells
-from benchmark_page import has_old_paths, is_shown, measure_of, page, read_cells, rows_of, trained_on, write_page
+from benchmark_page import is_shown, measure_of, page, read_cells, trained_on, write_page
 
 from bootcli import trainer
 from bootcli.config import DistillConfig
@@ -170,25 +170,6 @@ def test_a_run_goes_on_in_a_clone_elsewhere(tmp_path: Path, prompts: str, *, sam
     else:
         with pytest.raises(SystemExit, match="prompts"):
             refuse_other(run.path, moved)
-
-
-def test_cells_of_before_say_that_their_paths_were_others() -> None:
-    new, old, boot = ({"objective": "kd", "kd.step_power": 1.5}, {"objective": "kd"}, {"objective": "boot"})
-    assert [has_old_paths({"settings": settings}) for settings in (new, old, boot)] == [False, True, False]
-
-
-def test_cells_of_other_paths_have_a_line_of_their_own() -> None:
-    shared = {"objective": "kd", "minutes": 5, "updates": 7, "num_images": 80, "teacher": "fashion"}
-    cells = [
-        shared
-        | {"cell": f"kd-seed{seed}-5min", "settings": {"objective": "kd"} | new, "student": [{"nfe": 1, "fid": fid}]}
-        for seed, fid, new in ((0, 2.0, {"kd.step_power": 1.0}), (1, 4.0, {}), (2, 6.0, {}))
-    ]
-    assert [(row.old_paths, row.values("fid")) for row in rows_of(cells, ["kd"])] == [
-        (True, [4.0, 6.0]),
-        (False, [2.0]),
-    ]
-    assert "| kd | 5 min † | 7 | 1 | 5.00 ± 1.41 | 2 |\n| kd | 5 min | 7 | 1 | 2.00 | 1 |" in page("kd", cells, ["kd"])
 
 
 def test_a_number_that_one_seed_lacks_is_left_out() -> None:
