@@ -211,7 +211,7 @@ def _labels(
     if kind == "none" or (kind == "text" and space is not None and not space.words):
         raise UsageError(f"--metric accuracy: the teacher {config.teacher} has no classes.", "Leave this metric out.")
     if space is None or space.classes_of is None:
-        features = "those of the reference" if space is None else f"{space.name} features"
+        features = "the features of the reference" if space is None else f"{space.name} features"
         raise UsageError(
             f"--metric accuracy: {features} do not tell the teacher's classes.",
             "It takes the feature network of a teacher that brings a classifier, for images of this size.",

@@ -167,6 +167,8 @@ def test_a_teacher_is_described(inside: Inside) -> None:
     assert result["prediction"] == "eps"
     assert 0 < result["terminal_snr"] < 1e-3
     assert result["export_formats"] == ["diffusers", "safetensors"]
+    shown = inside("teachers", "fashion").stdout
+    assert 'objective = "kd"' in shown, "as a config file has it"
 
 
 def test_env(inside: Inside) -> None:

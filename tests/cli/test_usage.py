@@ -148,6 +148,7 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_on_demand(
         (Interrupted("Saved.", signum=15), 143, "Saved.\n"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 1, "Error: No space left on device (a/b).\n"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "Error: No space left on device.\n"),
+        (RuntimeError("I/O error: Disk quota exceeded (os error 122)"), 1, "Error: Disk quota exceeded.\n"),
         (MemoryError(), 1, "Error: The device has not enough memory: out of memory\nTake a smaller --batch-size"),
         (RuntimeError(f"{NO_MEMORY}\nmore"), 1, f"Error: The device has not enough memory: {NO_MEMORY}\nTake"),
         (KeyError("x"), 1, "Error: unexpected KeyError: 'x'\n"),

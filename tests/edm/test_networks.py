@@ -183,6 +183,7 @@ def test_weights_must_fit() -> None:
         ("EDMPrecond", SONG | {"channel_mult": []}, "channel_mult"),
         ("EDMPrecond", SONG | {"sigma_data": float("nan")}, "sigma_data"),
         ("VPPrecond", SONG | {"beta_d": 1e4}, "beta_d"),
+        ("VPPrecond", SONG | {"beta_d": 400.1, "beta_min": 400.0}, "beta_d"),  # e^600 is a number, e^750 none
         ("VPPrecond", SONG | {"epsilon_t": 1e9}, "epsilon_t"),
         ("iDDPMPrecond", ADM | {"C_1": 2.0}, "C_1"),
         ("iDDPMPrecond", ADM | {"C_2": float("inf")}, "C_2"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from bootcli_edm import family
+from bootcli_edm import consistency, family
 from bootcli_edm.files import network_file
 from bootcli_edm.teacher import build, load
 from diffusers import UNet2DModel
@@ -312,6 +312,11 @@ def guided_diffusion_names(net: UNet2DModel) -> dict[str, Tensor]:
             place += 1
     assert not state, sorted(state)
     return named
+
+
+def test_an_archive_that_asks_for_much_is_refused_before_it_is_copied() -> None:
+    with pytest.raises(ValueError, match="is more numbers than it holds"):
+        consistency._renamed({"out.2.weight": torch.zeros(1).expand(10**12)})
 
 
 @pytest.mark.parametrize("scale_shift", [True, False])

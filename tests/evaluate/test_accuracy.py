@@ -69,7 +69,7 @@ def test_accuracy_is_refused_before_anything_is_drawn(
         raise AssertionError("the teacher draws")
 
     monkeypatch.setattr(pipeline, "own_images", draws)
-    with pytest.raises(UsageError, match="those of the reference do not tell the teacher's classes"):
+    with pytest.raises(UsageError, match="the features of the reference do not tell the teacher's classes"):
         pipeline.evaluate(
             class_run, metrics=["accuracy"], num_images=4, device="cpu", reference="inception-clean:teacher"
         )
