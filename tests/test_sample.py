@@ -15,6 +15,7 @@ from PIL import Image
 from bootcli.config import from_dict, to_dict
 from bootcli.engine import Engine
 from bootcli.errors import UsageError
+from bootcli.pipelines import sample as pipeline
 from bootcli.pipelines.requests import condition_of
 from bootcli.pipelines.sample import sample
 from bootcli.plugin import Cond, Teacher
@@ -126,6 +127,8 @@ def test_a_grid_of_many_is_no_larger_than_viewers_open(
         drawn = sample(tiny_run, num_images=count, output=tmp_path / name)
         assert max(pixels(drawn.grid).shape) <= 64
         assert len(drawn.files) == count
+    tall, wide = torch.zeros(1, 48, 8), torch.zeros(1, 8, 48)
+    assert (pipeline._columns(tall, 7), pipeline._columns(wide, 7)) == (7, 1)
 
 
 def test_a_named_folder_is_not_written_over_unasked(tiny_run: Path, tmp_path: Path) -> None:

@@ -192,9 +192,7 @@ def _write(drawing: _Drawing, folder: Path, seeds: range, progress: Callable[[in
                 tiles.append(image)
         if progress is not None:
             progress(len(files), len(seeds))
-    columns, rows = _room(tiles[0])
-    square = math.ceil(math.sqrt(len(tiles)))
-    picture = grid(torch.stack(tiles), columns=min(columns, max(square, math.ceil(len(tiles) / rows))))
+    picture = grid(torch.stack(tiles), columns=_columns(tiles[0], len(tiles)))
     picture = enlarge(picture, max(1, min(VISIBLE // tiles[0].shape[-1], GRID_SIDE // max(picture.shape[-2:]))))
     save_png(picture, folder / GRID, _facts(drawing))
     total = time.perf_counter() - began
@@ -222,6 +220,12 @@ def _facts(drawing: _Drawing) -> dict[str, str]:
     facts = {"Software": f"bootcli {__version__}", "source": drawing.source, "nfe": str(drawing.nfe)}
     known = {"training_steps": drawing.training_steps, "guidance_scale": drawing.guidance_scale}
     return facts | {name: str(value) for name, value in known.items() if value is not None}
+
+
+def _columns(image: Tensor, count: int) -> int:
+    """How many of ``count`` images lie side by side: a square of them, where the grid has room for it."""
+    columns, rows = _room(image)
+    return min(columns, max(math.ceil(math.sqrt(count)), math.ceil(count / rows)))
 
 
 def _room(image: Tensor) -> tuple[int, int]:

@@ -233,7 +233,8 @@ def test_a_dry_run_stores_as_many_paths_as_the_run(
 
 def test_features_of_another_size_are_no_reference(make_folder: MakeFolder, tmp_path: Path) -> None:
     """Known before the first update, not at the first score."""
-    folder, prompts = make_folder(), write(tmp_path / "prompts.txt", "a shoe")
+    folder = make_folder(unet={"sample_size": 16})  # draws 32 pixels, which those features read
+    prompts = write(tmp_path / "prompts.txt", "a shoe")
     (folder / "features").mkdir()
     (folder / "features" / "config.json").write_text('{"same_as": "fashion-colour-cnn-64"}')
     words = {"teacher": str(folder), "prompts": str(prompts), "steps": 1, "device": "cpu"}
